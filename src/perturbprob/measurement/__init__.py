@@ -1,0 +1,7 @@
+"""V: what the assay sees."""
+
+from perturbprob.measurement.batch_effect import BatchEffect
+from perturbprob.measurement.counts import CountHead, CountLaw, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from perturbprob.measurement.decoder import Decoder
+
+__all__ = ["BatchEffect", "CountHead", "CountLaw", "Decoder", "NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]

@@ -1,0 +1,68 @@
+"""The neural ODE: waiting as a learnt push with decay."""
+
+from dataclasses import replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from perturbprob.dynamics.solve import Solver
+from perturbprob.dynamics.transition import CellState, Effects, Transition
+
+
+class Push(nn.Module):
+    """The default field: a small network of the state and of what the marks add to the push."""
+
+    def __init__(self, n_latent: int, n_hidden: int = 64) -> None:
+        """Start from a push near zero."""
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(3 * n_latent, n_hidden), nn.Tanh(), nn.Linear(n_hidden, n_latent))
+
+    def forward(
+        self,
+        z: Float[Tensor, "*plate cell latent"],
+        perturbation: Float[Tensor, "*plate cell latent"],
+        media: Float[Tensor, "*plate cell latent"],
+        clock: Float[Tensor, "*plate cell 1"],
+    ) -> Float[Tensor, "*plate cell latent"]:
+        """Return the push. It does not read the clock, so waits compose."""
+        return self.network(torch.cat([z, perturbation, media], -1))
+
+
+@final
+class NeuralODE(Transition):
+    """Waiting moves the deviation δ of a cell from its rest: dδ/ds = push(z₀ + δ, marks, clock) − γ⊙δ, γ > 0 (eq 25).
+
+    Only the deviation decays: production minus decay of the whole state would contract away the heterogeneity that X stands
+    for. Cells with different waits share one solve, time being scaled by each cell's wait.
+
+    ``field`` may be any ``nn.Module`` called as ``field(z, perturbation, media, clock)``, all of shape (..., cell, latent)
+    except the clock's last axis of 1, that returns the push; ``solver`` is a `Solver`.
+    """
+
+    def __init__(self, n_latent: int, *, field: nn.Module | None = None, solver: Solver | None = None) -> None:
+        """Fill the field, the decay and the solver."""
+        super().__init__()
+        self.field = field if field is not None else Push(n_latent)
+        self.decay_unconstrained = nn.Parameter(torch.zeros(n_latent))
+        self.solver = solver if solver is not None else Solver()
+
+    @property
+    def decay(self) -> Float[Tensor, " latent"]:
+        """γ, per median wait."""
+        return softplus(self.decay_unconstrained) + 1e-3
+
+    def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects) -> CellState:
+        """Solve the deviation over each cell's wait."""
+        perturbation = (state.perturbation @ effects.perturbation).expand_as(state.z0)
+        media = (state.media @ effects.media).expand_as(state.z0)
+        duration, start = time[:, None].expand_as(state.z0[..., :1]), state.clock[:, None]
+        decay = self.decay
+
+        def slope(s: Tensor, delta: Tensor) -> Tensor:
+            push = self.field(state.z0 + delta, perturbation, media, start + s * duration)
+            return duration * (push - decay * delta)
+
+        return replace(state, delta=self.solver(slope, state.delta), clock=state.clock + time)

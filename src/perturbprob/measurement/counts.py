@@ -1,0 +1,178 @@
+"""V for counts: log rate to distribution. Zero-inflated negative binomial, negative binomial and Poisson."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+GATE_PRIOR = 0.01
+"""Where the prior of the gate is centred: zero inflation is rarely needed on UMI counts."""
+
+
+@final
+class CountLaw(TorchDistribution):
+    """Counts x with mean μ = exp(log rate), variance μ + μ²/θ, and a gate π of extra zeros.
+
+    P(x) = π [x = 0] + (1 − π) NB(x | μ, θ), with NB(x) = Γ(x + θ) / (Γ(θ) x!) (θ / (θ + μ))^θ (μ / (θ + μ))^x. Without ``gate``
+    π = 0; without ``dispersion`` θ = ∞, which is the Poisson law. The shapes broadcast, genes last.
+
+    >>> law = CountLaw(torch.tensor([0.0]), torch.tensor([2.0]))
+    >>> round(float(law.log_prob(torch.tensor([3.0])).exp()), 4)
+    0.0658
+    """
+
+    arg_constraints = {"log_rate": constraints.real, "dispersion": constraints.positive, "gate": constraints.unit_interval}
+    support = constraints.nonnegative_integer
+
+    def __init__(
+        self,
+        log_rate: Float[Tensor, "*plate gene"],
+        dispersion: Float[Tensor, "*#plate gene"] | None = None,
+        gate: Float[Tensor, "*#plate gene"] | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        """Keep the parameters; ``log_rate`` gives the shape."""
+        self.log_rate, self.dispersion, self.gate = log_rate, dispersion, gate
+        super().__init__(log_rate.shape, validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "CountLaw":
+        """Return the same law over a larger shape."""
+        return CountLaw(self.log_rate.expand(batch_shape), self.dispersion, self.gate)
+
+    @property
+    def mean(self) -> Float[Tensor, "*plate gene"]:
+        """(1 − π) μ."""
+        mean = self.log_rate.exp()
+        return mean if self.gate is None else (1 - self.gate) * mean
+
+    @property
+    def variance(self) -> Float[Tensor, "*plate gene"]:
+        """(1 − π) (μ + μ²/θ + π μ²)."""
+        rate = self.log_rate.exp()
+        extra = 0.0 if self.dispersion is None else 1 / self.dispersion
+        if self.gate is None:
+            return rate + rate.square() * extra
+        return (1 - self.gate) * (rate + rate.square() * (extra + self.gate))
+
+    def log_prob(self, value: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Log-probability of each count."""
+        log_prob = self._ungated(value)
+        if self.gate is None:
+            return log_prob
+        log_gate, log_open = self.gate.log(), torch.log1p(-self.gate)
+        return torch.where(value == 0, torch.logaddexp(log_gate, log_open + log_prob), log_open + log_prob)
+
+    def _ungated(self, value: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Log-probability without the gate."""
+        if self.dispersion is None:
+            return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
+        theta = self.dispersion
+        # softplus forms keep both logs exact where μ ≪ θ or μ ≫ θ
+        excess = self.log_rate - theta.log()
+        log_not, log_success = -torch.nn.functional.softplus(excess), -torch.nn.functional.softplus(-excess)
+        return rising_log_factorial(theta, value) - torch.lgamma(value + 1) + theta * log_not + value * log_success
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Float[Tensor, "*draw_plate_gene"]:  # noqa: B008
+        """Draw counts."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            rate = self.log_rate.exp().expand(shape)
+            if self.dispersion is not None:
+                theta = self.dispersion.expand(shape)
+                rate = torch.distributions.Gamma(theta, theta, validate_args=False).sample() * rate
+            counts = torch.poisson(rate)
+            return counts if self.gate is None else counts * torch.bernoulli(1 - self.gate.expand(shape))
+
+    def mean_log1p(self) -> Float[Tensor, "*plate gene"]:
+        """E[log(1 + x)], by quadrature.
+
+        From Frullani's integral log(1 + x) = ∫ (1 − e^(−s x)) e^(−s) / s ds the mean is ∫ (1 − E e^(−s x)) e^(−s) d log s, and
+        E e^(−s x) of every law here is closed. The integrand is smooth and dies at both ends, where the trapezoid rule
+        converges geometrically: absolute error below 1e-5 for means up to 1e6.
+        """
+        total = torch.zeros_like(self.log_rate)
+        step = 0.6
+        for log_s in torch.arange(-30.0, 4.0, step).tolist():
+            s = math.exp(log_s)
+            total = total + step * math.exp(-s) * self._missing_transform(-math.expm1(-s))
+        return total if self.gate is None else (1 - self.gate) * total
+
+    def _missing_transform(self, u: float) -> Float[Tensor, "*plate gene"]:
+        """1 − E (1 − u)^x without the gate."""
+        rate = self.log_rate.exp() * u
+        if self.dispersion is None:
+            return -torch.expm1(-rate)
+        return -torch.expm1(-self.dispersion * torch.log1p(rate / self.dispersion))
+
+
+def rising_log_factorial(theta: Float[Tensor, "*#plate gene"], value: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+    """Return log Γ(x + θ) − log Γ(θ), without the cancellation that large θ brings in float32."""
+    large = theta > 30.0
+    small_theta = torch.where(large, torch.ones_like(theta), theta)
+    exact = torch.lgamma(value + small_theta) - torch.lgamma(small_theta)
+    if not large.any():
+        return exact
+    theta = torch.where(large, theta, torch.full_like(theta, 31.0))
+    total = theta + value
+    stirling = (theta - 0.5) * torch.log1p(value / theta) + value * (total.log() - 1) + (1 / total - 1 / theta) / 12
+    return torch.where(large, stirling, exact)
+
+
+class CountHead(nn.Module, ABC):
+    """A measurement head: draws its global sites above the cell plate, and returns the law of the counts given a log rate."""
+
+    def __init__(self, n_genes: int) -> None:
+        """Keep the number of genes."""
+        super().__init__()
+        self.n_genes = n_genes
+
+    @abstractmethod
+    def globals(self) -> dict[str, Float[Tensor, " gene"]]:
+        """Sample the sites that all cells share, by name."""
+
+    def forward(
+        self, log_rate: Float[Tensor, "*plate gene"], dispersion: Tensor | None = None, gate: Tensor | None = None
+    ) -> CountLaw:
+        """Return the law of the counts."""
+        return CountLaw(log_rate, dispersion, gate)
+
+    def _dispersion(self) -> Float[Tensor, " gene"]:
+        """Sample the dispersion θ of each gene."""
+        return pyro.sample("dispersion", dist.LogNormal(torch.ones(self.n_genes), 1.5).to_event(1))
+
+
+@final
+class Poisson(CountHead):
+    """Counts with no more variance than their mean."""
+
+    def globals(self) -> dict[str, Float[Tensor, " gene"]]:
+        """Sample nothing."""
+        return {}
+
+
+@final
+class NegativeBinomial(CountHead):
+    """Counts with gene-wise dispersion, θ_g ~ LogNormal(1, 1.5)."""
+
+    def globals(self) -> dict[str, Float[Tensor, " gene"]]:
+        """Sample the dispersion."""
+        return {"dispersion": self._dispersion()}
+
+
+@final
+class ZeroInflatedNegativeBinomial(CountHead):
+    """Negative binomial counts with a gene-wise gate of extra zeros, logit π_g ~ Normal(logit 0.01, 1)."""
+
+    def globals(self) -> dict[str, Float[Tensor, " gene"]]:
+        """Sample the dispersion and the gate."""
+        logit = torch.full((self.n_genes,), math.log(GATE_PRIOR / (1 - GATE_PRIOR)))
+        gate = dist.TransformedDistribution(dist.Normal(logit, 1.0), [dist.transforms.SigmoidTransform()])
+        return {"dispersion": self._dispersion(), "gate": pyro.sample("gate", gate.to_event(1))}

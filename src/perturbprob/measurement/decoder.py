@@ -1,0 +1,24 @@
+"""State to log rate."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@final
+class Decoder(nn.Module):
+    """The expected share of each gene in the counts of a cell, log share = log softmax(network(z) + offset).
+
+    ``offset`` (genes last) holds what acts on genes directly: the bias of each gene, and the condition effects.
+    """
+
+    def __init__(self, n_latent: int, n_genes: int, *, n_hidden: int = 128) -> None:
+        """Make the network; its last layer has no bias of its own."""
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(n_latent, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_genes, bias=False))
+
+    def forward(self, z: Float[Tensor, "*plate latent"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return the log share."""
+        return torch.log_softmax(self.network(z) + offset, -1)
