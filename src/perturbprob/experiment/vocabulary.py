@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from perturbprob.experiment.action import Action, Media, Perturbation, Protocol, Wait
+from perturbprob.experiment.action import Action, Media, Perturbation, Protocol
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -57,7 +57,7 @@ class Vocabulary:
     def of(cls, screen: "Screen") -> Self:
         """Collect the names of a screen."""
         protocols = screen.conditions
-        waits = [a.time for code in screen.condition for a in protocols[code] if isinstance(a, Wait)]
+        waits = np.array([p.time for p in protocols])[screen.condition]
         return cls(
             genes=tuple(screen.genes),
             perturbations=tuple(sorted({a for p in protocols for a in p.perturbations}, key=lambda a: (a.gene, a.symbol))),
@@ -65,7 +65,7 @@ class Vocabulary:
             batches=tuple(screen.batches),
             baseline=screen.baseline,
             time_unit=screen.time_unit,
-            time_scale=float(np.median(waits)) if waits else 1.0,
+            time_scale=float(np.median(waits[waits > 0])) if (waits > 0).any() else 1.0,
         )
 
     def protocol(self, protocol: Protocol | Action) -> Protocol:

@@ -1,0 +1,285 @@
+"""What was done to cells and what was seen: a validated view of an AnnData."""
+
+import html
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Self, final
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from jaxtyping import Float64, Int64, Shaped
+from numpy.typing import ArrayLike
+from scipy.sparse import csr_array
+
+from perturbprob.experiment import reading
+from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.raw_counts import read_counts
+from perturbprob.experiment.vocabulary import nearest
+
+if TYPE_CHECKING:
+    import perturbprob.experiment.layout
+
+
+class ScreenWarning(UserWarning):
+    """Something that the owner of a screen should know; the screen is valid."""
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Screen:
+    """A perturbation screen: raw counts, and for every cell its protocol (p, m, t), its batch and its size factor.
+
+    Made by `Screen.from_anndata`, which checks everything; nothing is written into the AnnData, and the counts are a copy.
+
+    - ``counts``: csr_array (cell, gene), float32, whole numbers, canonical.
+    - ``genes``, ``cells``: names; ``cells`` is a numpy array of str objects.
+    - ``conditions``: the distinct protocols, control first, then by perturbation, media (baseline first) and time;
+      ``condition``: each cell's index into them.
+    - ``batches``: names, sorted, or ``("batch",)`` without a batch column; ``batch``: each cell's index into them.
+    - ``size_factor``: the relative depth of each cell, by default depth over median depth.
+    - ``control``: the user's word for control; in protocols and answers it is always ``"control"``.
+    - ``baseline``: the media in which every cell starts, or None without media; ``time_unit``: the unit of every wait.
+    - ``sgrna``: the sgRNA of each cell (str objects), or None.
+
+    >>> from perturbprob.experiment import datasets
+    >>> screen = datasets.ishikawa2023()
+    >>> screen.n_cells, screen.n_genes, len(screen.conditions), screen.batches
+    (14945, 103, 96, ('d2_1', 'd3_2', 'd4_3', 'd5_4'))
+    >>> screen.conditions[-1]
+    Knockout('ZNF90') >> Wait(5)
+    >>> screen[screen.cells_of("NANOG")]
+    Screen: 813 cells × 103 genes, 4 conditions
+      perturbations: NANOG, no control
+      media: hiPSC_maintenance
+      times: 2, 3, 4, 5 day
+      batches: d2_1, d3_2, d4_3, d5_4
+    """
+
+    counts: csr_array
+    genes: tuple[str, ...]
+    cells: Shaped[np.ndarray, " cell"]
+    conditions: tuple[Protocol, ...]
+    condition: Int64[np.ndarray, " cell"]
+    batches: tuple[str, ...]
+    batch: Int64[np.ndarray, " cell"]
+    size_factor: Float64[np.ndarray, " cell"]
+    control: str = "control"
+    baseline: str | None = None
+    time_unit: str | None = None
+    sgrna: Shaped[np.ndarray, " cell"] | None = None
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        layer: str | None = None,
+        perturbation: str | None = "perturbation",
+        control: str | Sequence[str] = "control",
+        perturbation_type: str | None = "perturbation_type",
+        media: str | None = None,
+        baseline: str | None = None,
+        time: str | None = None,
+        time_unit: str | None = None,
+        batch: str | None = None,
+        sgrna: str | None = None,
+        size_factor: str | ArrayLike | None = None,
+    ) -> Self:
+        """Read a screen from an AnnData; any of perturbation, media, time and batch may be absent (None, or a column of NaN).
+
+        Main arguments, names of obs columns unless said otherwise:
+
+        - ``perturbation``: genes joined with ``+``. Control is the label (or list of labels) ``control``, and in any case
+          control, ctrl, non-targeting, NT, NTC and the empty label; ``A+ctrl`` is ``A``. None: a screen without perturbations.
+        - ``perturbation_type``: a column, or one word for all cells: knockout, interference, activation, or a usual synonym
+          (CRISPR_knockout, CRISPRi, CRISPRa, ...). One word holds for all genes of a label; ``CRISPRi+CRISPRa`` lists them.
+        - ``media``, and ``baseline``, the media in which all cells started: needed where there is more than one.
+        - ``time``: numbers ≥ 0 since perturbation; ``time_unit`` is kept beside them. Without times every cell waits 1.
+        - ``batch``: one sequencing reaction.
+
+        Other arguments: ``layer`` with raw counts (default X); ``sgrna``; ``size_factor``, a column or an array (cell,).
+
+        A cell's protocol is P >> M >> W. Raises ValueError that says the fix for whatever is not a screen, and warns
+        (`ScreenWarning`) of genes without counts, perturbed genes that are not measured, and batches without control.
+
+        >>> adata = AnnData(np.array([[3, 1], [0, 2], [5, 1]]), obs={"gene": ["NT", "KLF1", "KLF1+CEBPA"]})
+        >>> adata.var_names = ["KLF1", "CEBPA"]
+        >>> Screen.from_anndata(adata, perturbation="gene", perturbation_type="CRISPRa").conditions[1:]
+        (Activation('KLF1') >> Wait(1), Activation('CEBPA') >> Activation('KLF1') >> Wait(1))
+        """
+        reading.check_names(adata)
+        obs, words = adata.obs, (control,) if isinstance(control, str) else tuple(control)
+        counts = read_counts(adata, layer)
+        perturbed = reading.read_perturbations(obs, perturbation, control=words, kind=perturbation_type)
+        placed, baseline = reading.read_media(obs, media, baseline)
+        waited, time_unit = reading.read_times(obs, time, time_unit)
+        conditions, condition = reading.combine(perturbed, placed, waited)
+        column = reading.read_column(obs, "batch", batch)
+        batches = reading.Levels.constant(adata.n_obs, "batch") if column is None else reading.Levels.of(column)
+        spacers = reading.read_column(obs, "sgrna", sgrna)
+        screen = cls(
+            counts=counts,
+            genes=tuple(map(str, adata.var_names)),
+            cells=_text(adata.obs_names),
+            conditions=conditions,
+            condition=condition,
+            batches=tuple(batches.values),
+            batch=batches.codes,
+            size_factor=reading.read_size_factor(adata, size_factor, counts.sum(axis=1, dtype=np.float64)),
+            control=next(iter(words), "control"),
+            baseline=baseline,
+            time_unit=time_unit,
+            sgrna=None if spacers is None else _text(spacers),
+        )
+        for remark in _remarks(screen):
+            warnings.warn(remark, ScreenWarning, stacklevel=2)
+        return screen
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.cells)
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return len(self.genes)
+
+    @cached_property
+    def perturbations(self) -> tuple[str, ...]:
+        """Names of the perturbations, without control, sorted."""
+        return tuple(sorted({p.perturbation for p in self.conditions if p.perturbations}))
+
+    @cached_property
+    def media(self) -> tuple[str, ...]:
+        """Names of the media in which cells ended, baseline first; ``("baseline",)`` without a media column."""
+        return tuple(self._media_name(m) for m in sorted({p.media for p in self.conditions}, key=lambda m: (m is not None, m or "")))
+
+    @cached_property
+    def times(self) -> tuple[float, ...]:
+        """The times waited, sorted, in ``time_unit``; ``(1.0,)`` without a time column."""
+        return tuple(sorted({p.time for p in self.conditions}))
+
+    @cached_property
+    def layout(self) -> "perturbprob.experiment.layout.Layout":
+        """How cells are spread over conditions and batches, and what that leaves unknowable."""
+        from perturbprob.experiment.layout import Layout
+
+        return Layout(self)
+
+    def __getitem__(self, cells: slice | ArrayLike) -> Self:
+        """Return the screen of some cells: a boolean mask, indices, a slice, or a list of cell names.
+
+        Conditions and batches that no longer occur are dropped; size factors stay as they are.
+        """
+        index = self._index(cells)
+        if not len(index):
+            raise ValueError("No cell is left: a screen needs at least one.")
+        conditions, condition = np.unique(self.condition[index], return_inverse=True)
+        batches, batch = np.unique(self.batch[index], return_inverse=True)
+        return replace(
+            self,
+            counts=self.counts[index],
+            cells=self.cells[index],
+            conditions=tuple(self.conditions[i] for i in conditions),
+            condition=condition.astype(np.int64),
+            batches=tuple(self.batches[i] for i in batches),
+            batch=batch.astype(np.int64),
+            size_factor=self.size_factor[index],
+            sgrna=None if self.sgrna is None else self.sgrna[index],
+        )
+
+    def cells_of(self, condition: Protocol | str) -> Int64[np.ndarray, " chosen"]:
+        """Return the indices of the cells of a condition, or of all conditions of a perturbation's name (also ``"control"``).
+
+        >>> from perturbprob.experiment import Knockout, Wait, datasets
+        >>> screen = datasets.ishikawa2023()
+        >>> len(screen.cells_of("control")), len(screen.cells_of(Knockout("NANOG") >> Wait(5)))
+        (1182, 142)
+        """
+        if isinstance(condition, str):
+            name = "+".join(sorted(set(reading.genes_of(condition, [self.control])))) or "control"
+            wanted, known = [p.perturbation == name for p in self.conditions], ["control", *self.perturbations]
+        else:
+            protocol = condition.with_baseline(self.baseline)
+            wanted, known = [p == protocol for p in self.conditions], [*map(str, self.conditions)]
+        if not any(wanted):
+            what = "perturbation" if isinstance(condition, str) else "condition"
+            raise ValueError(f"No cell of this screen has the {what} {str(condition)!r}. {nearest(str(condition), known)}")
+        return np.flatnonzero(np.array(wanted)[self.condition])
+
+    def summary(self) -> pd.DataFrame:
+        """Return the number of cells per condition (rows: perturbation, media, time) and batch (columns)."""
+        shape = len(self.conditions), len(self.batches)
+        cells = np.bincount(self.condition * shape[1] + self.batch, minlength=shape[0] * shape[1]).reshape(shape)
+        rows = [(p.perturbation, self._media_name(p.media), p.time) for p in self.conditions]
+        index = pd.MultiIndex.from_tuples(rows, names=["perturbation", "media", "time"])
+        return pd.DataFrame(cells, index=index, columns=pd.Index(self.batches, name="batch"))
+
+    def __repr__(self) -> str:
+        """Return the size of the screen and the levels of its factors, in five lines."""
+        control = "control" if any(not p.perturbations for p in self.conditions) else "no control"
+        names = ", ".join([*self.perturbations[:8], "..."] if len(self.perturbations) > 8 else self.perturbations)
+        count = f"{len(self.perturbations)} ({names})" if len(self.perturbations) > 8 else names
+        times = ", ".join(f"{time:g}" for time in self.times[:12]) + (", ..." if len(self.times) > 12 else "")
+        return (
+            f"Screen: {self.n_cells:,} cells × {self.n_genes:,} genes, {len(self.conditions)} conditions\n"
+            f"  perturbations: {count + ', ' if count else ''}{control}\n"
+            f"  media: {', '.join(self.media)}\n"
+            f"  times: {times} {self.time_unit or '(no unit)'}\n"
+            f"  batches: {', '.join(self.batches)}"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook, with the cell table below."""
+        return f"<pre>{html.escape(repr(self))}</pre>{self.summary().to_html(max_rows=30)}"
+
+    def _media_name(self, media: str | None) -> str:
+        """Return the name of a media, None being the baseline."""
+        return media if media is not None else self.baseline or "baseline"
+
+    def _index(self, cells: slice | ArrayLike) -> np.ndarray:
+        """Return the indices that a mask, indices, a slice or names mean."""
+        if isinstance(cells, slice):
+            return np.arange(self.n_cells)[cells]
+        chosen = np.atleast_1d(np.asarray(cells))
+        if chosen.dtype.kind in "OUT":
+            return self._index_of(chosen)
+        if chosen.dtype.kind not in "biu" and chosen.size:
+            raise TypeError(f"Choose cells by a mask, indices, a slice or names; got values of type {chosen.dtype}.")
+        if chosen.dtype.kind == "b" and chosen.shape != (self.n_cells,):
+            raise ValueError(f"The mask has shape {chosen.shape}; it needs one value for each of the {self.n_cells:,} cells.")
+        return np.arange(self.n_cells)[chosen if chosen.size else []]
+
+    def _index_of(self, names: np.ndarray) -> np.ndarray:
+        """Return the indices of cells by name."""
+        index = pd.Index(self.cells).get_indexer(names)
+        if (index < 0).any():
+            wrong = names[index < 0]
+            raise ValueError(f"{reading.some(wrong, 'name')} of no cell of this screen. {nearest(str(wrong[0]), self.cells)}")
+        return index
+
+
+def _text(names: ArrayLike) -> np.ndarray:
+    """Return names as an array of str objects."""
+    return np.asarray(names).astype(str).astype(object)
+
+
+def _remarks(screen: Screen) -> Iterator[str]:
+    """Say what the owner of a valid screen should know, each with what can be done."""
+    silent = np.bincount(screen.counts.indices, minlength=screen.n_genes) == 0
+    if silent.any():
+        found = reading.some(np.array(screen.genes)[silent], "gene")
+        yield f"{found} without any count. Kept, but nothing can be learnt of them: drop them with adata[:, adata.X.sum(axis=0) > 0]."
+    unseen = sorted({a.gene for p in screen.conditions for a in p.perturbations} - set(screen.genes))
+    if unseen:
+        found = reading.some(unseen, "perturbed gene")
+        yield f"{found} not in adata.var_names. Allowed; if var_names are identifiers, set them to the symbols that perturbations use."
+    if lacking := screen.layout.batches_without_control():
+        found = reading.some(lacking, "batch", "batches")
+        yield f"{found} without control cells: there, batch effects are learnt from perturbed cells only."
+    if screen.baseline is not None and screen.baseline not in screen.media:
+        yield f"No cell is in the baseline media {screen.baseline!r}; all are in {screen.media[0]!r}. If it is misspelt, correct baseline=."

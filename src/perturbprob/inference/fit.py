@@ -1,0 +1,266 @@
+"""fit(): one training loop, and what it returns."""
+
+import copy
+import platform
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from perturbprob.experiment.screen import Screen
+from perturbprob.inference.depth import DepthLaw
+from perturbprob.inference.evidence import log_evidence
+from perturbprob.inference.verdict import verdict
+from perturbprob.model.cell_model import CellModel
+from perturbprob.model.cells import Cells, CellTable
+from perturbprob.model.condition_effect import Node, terms
+from perturbprob.model.guide import Guide
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted model: what every later question takes.
+
+    ``losses`` holds, per epoch, the negative ELBO per cell and gene: "train" of the whole objective, "validation" of the held-out cells
+    given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor;
+    ``evidence`` the log Bayes factor of each perturbation against doing nothing (see `effects`).
+    """
+
+    model: CellModel
+    guide: Guide
+    losses: dict[str, list[float]]
+    seed: int
+    settings: dict[str, Any]
+    trained_on: dict[str, Any]
+    depth: DepthLaw
+    evidence: dict[str, float]
+    versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        """Say in one line what was fitted."""
+        names = self.model.vocabulary
+        done = f"{len(self.losses['train'])} epochs, -ELBO {self.losses['train'][-1]:.4f} per cell and gene" if self.losses["train"] else "untrained"
+        return f"Fit({len(self.trained_on['cells'])} cells × {len(names.genes)} genes, {len(self.trained_on['conditions'])} conditions, {done})"
+
+    def report(self, path: str | Path | None = None) -> str:
+        """Return how the training went and a verdict on convergence, in words; with a path, also write the HTML report there."""
+        if path is not None:
+            from perturbprob.report import write_report
+
+            write_report(self, path)
+        return verdict(self.losses, self.settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit into a folder that `load` reads."""
+        from perturbprob.inference.storage import save
+
+        save(self, path)
+
+    def to_anndata(self, adata: "AnnData") -> "AnnData":
+        """Return a copy of the user's AnnData with the latent state of each cell in obsm; see `latent`."""
+        from perturbprob.inference.latent import to_anndata
+
+        return to_anndata(self, adata)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message says where. ``fit`` holds the last good parameters."""
+
+    def __init__(self, message: str, fit: Fit) -> None:
+        """Keep the fit beside the message."""
+        super().__init__(message)
+        self.fit = fit
+
+
+def fit(
+    model: CellModel,
+    screen: Screen,
+    *,
+    epochs: int = 100,
+    minibatch: int = 256,
+    learning_rate: float = 4e-3,
+    validation: float = 0.1,
+    patience: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> Fit:
+    """Fit the posterior of a model by stochastic variational inference.
+
+    Main arguments: ``epochs`` passes over the cells in minibatches of ``minibatch`` cells, Adam with a learning rate that falls
+    linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
+    ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
+    is kept). ``seed`` fixes the start of the guide, the order of the cells and all draws; the user's own random state is left alone.
+    The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
+    """
+    _check_arguments(model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation)
+    settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation, "patience": patience}
+    with torch.random.fork_rng():
+        pyro_state = pyro.util.get_rng_state()
+        try:
+            return _Training(copy.deepcopy(model), screen, settings, seed).run(progress)
+        finally:
+            pyro.util.set_rng_state(pyro_state)
+
+
+def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
+    """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
+    for name, value in numbers.items():
+        low, high = (0, 0.9) if name == "validation" else (0 if name == "learning_rate" else 1, float("inf"))
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be between {low} and {high}; got {value}.")
+    if screen.n_cells < 2:
+        raise ValueError(f"A fit needs at least 2 cells; the screen has {screen.n_cells}.")
+    if not model.vocabulary.perturbations and not model.vocabulary.media and len(screen.times) < 2:
+        warnings.warn(
+            "The screen has one condition: the variation between its cells can be learnt, but no effect of a perturbation, media or time.",
+            stacklevel=3,
+        )
+
+
+class _Training:
+    """The state of one training run."""
+
+    def __init__(self, model: CellModel, screen: Screen, settings: dict[str, Any], seed: int) -> None:
+        """Seed, split the cells, and warm up the ELBO before the optimiser is made."""
+        pyro.set_rng_seed(seed)
+        self.model, self.screen, self.settings, self.seed = model, screen, settings, seed
+        self.table = CellTable(model, screen)
+        order = torch.randperm(screen.n_cells)
+        n_held = min(int(settings["validation"] * screen.n_cells), screen.n_cells - 1)
+        self.held, self.training = order[:n_held], order[n_held:]
+        self.guide = Guide(model, node_batch(model, screen)).to(model.log_share.device)
+        self.elbo = Trace_ELBO()(model, self.guide)
+        self.losses: dict[str, list[float]] = {"train": [], "validation": []}
+        self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
+
+    def run(self, progress: bool) -> Fit:
+        """Train epoch by epoch, keep the best, and return the fit."""
+        self.elbo(self.table.cells(self.training[:2], len(self.training)))
+        optimiser = torch.optim.Adam(self.elbo.parameters(), lr=self.settings["learning_rate"], fused=True)
+        fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
+        bar = tqdm(range(self.settings["epochs"]), desc="fit", unit="epoch", disable=not progress, leave=False)
+        with pyro.validation_enabled(False):
+            for epoch in bar:
+                self.losses["train"].append(self._epoch(optimiser))
+                fall.step()
+                bar.set_postfix(loss=f"{self.losses['train'][-1]:.4f}")
+                if self._stop(epoch):
+                    break
+            bar.close()
+        self.elbo.load_state_dict(self.best)
+        return self._fit()
+
+    def _epoch(self, optimiser: torch.optim.Optimizer) -> float:
+        """Take one pass over the training cells; return the mean loss per cell and gene."""
+        scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
+        for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
+            cells = self.table.cells(index, len(self.training))
+            loss = self.elbo(cells) / scale
+            optimiser.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
+            if not torch.isfinite(loss) or not torch.isfinite(norm):
+                raise NonFiniteLoss(self._blame(cells, index), self._fit())
+            optimiser.step()
+            self.step, total, n_steps = self.step + 1, total + float(loss), n_steps + 1
+        return total / n_steps
+
+    def _stop(self, epoch: int) -> bool:
+        """Keep the parameters if the held-out cells say they are the best so far; say whether patience has run out."""
+        if not len(self.held):
+            self.best = copy.deepcopy(self.elbo.state_dict())
+            return False
+        losses = self.losses["validation"]
+        losses.append(self._validation())
+        if losses[-1] <= min(losses):
+            self.best, self.best_epoch = copy.deepcopy(self.elbo.state_dict()), epoch
+        return bool(epoch - self.best_epoch >= self.settings["patience"])
+
+    @torch.no_grad()
+    def _validation(self) -> float:
+        """Return the negative ELBO of the held-out cells given one draw of the global sites, per cell and gene; the same noise every time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            total = 0.0
+            for index in self.held.split(self.settings["minibatch"]):
+                guide = pyro.poutine.trace(self.guide).get_trace(cells := self.table.cells(index, len(index)))
+                model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
+                model.compute_log_prob(lambda name, _: name in ("z", "counts"))
+                guide.compute_log_prob(lambda name, _: name == "z")
+                total += sum(float(model.nodes[n]["log_prob_sum"]) for n in ("z", "counts")) - float(guide.nodes["z"]["log_prob_sum"])
+        return -total / (len(self.held) * self.screen.n_genes)
+
+    @torch.no_grad()
+    def _blame(self, cells: Cells, index: Tensor) -> str:
+        """Say at which step, site, batch, cells and genes the loss is not finite."""
+        guide = pyro.poutine.trace(self.guide).get_trace(cells)
+        model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
+        bad = [n for t in (guide, model) for n, s in t.nodes.items() if s["type"] == "sample" and not _finite(s)]
+        law = model.nodes["counts"]["fn"].base_dist
+        wrong = ~torch.isfinite(law.log_prob(cells.counts))
+        worst = index[wrong.any(-1).cpu()] if wrong.any() else index[cells.counts.sum(-1).topk(min(3, len(index))).indices.cpu()]
+        genes = [self.screen.genes[int(g)] for g in torch.where(wrong.any(0))[0][:3]] or ["none by itself"]
+        where = sorted({self.screen.batches[b] for b in self.screen.batch[worst.numpy()]})
+        return (
+            f"The loss is not finite at step {self.step} (site {', '.join(dict.fromkeys(bad)) or 'gradient'}; batch {', '.join(where[:3])}; "
+            f"worst cells {', '.join(self.screen.cells[int(c)] for c in worst[:3])}; genes {', '.join(genes)}). The last good parameters are kept "
+            "in error.fit. Look at these cells' counts and size factors, or lower learning_rate."
+        )
+
+    def _fit(self) -> Fit:
+        """Put the result together."""
+        self.elbo.eval().requires_grad_(False)
+        return Fit(
+            model=self.model,
+            guide=self.guide,
+            losses=self.losses,
+            seed=self.seed,
+            settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
+            trained_on=trained_on(self.screen),
+            depth=DepthLaw.of(self.screen),
+            evidence=log_evidence(self.model, self.guide, self.screen),
+            versions={name: version(name) for name in ("torch", "pyro-ppl", "numpy")} | {"python": platform.python_version()},
+        )
+
+
+def _finite(site: dict[str, Any]) -> bool:
+    """Say whether a site's value and log-density are finite."""
+    log_prob = site["fn"].log_prob(site["value"])
+    return bool(torch.isfinite(site["value"]).all() and torch.isfinite(log_prob).all())
+
+
+def trained_on(screen: Screen) -> dict[str, Any]:
+    """Record what a fit has seen: cells, cells per condition and batch, and what is confounded."""
+    table = np.zeros((len(screen.conditions), len(screen.batches)), dtype=int)
+    np.add.at(table, (screen.condition, screen.batch), 1)
+    conditions = {
+        repr(c): {b: int(n) for b, n in zip(screen.batches, row, strict=True) if n} for c, row in zip(screen.conditions, table, strict=True)
+    }
+    return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": [list(p) for p in screen.layout.confounded()]}
+
+
+def node_batch(model: CellModel, screen: Screen) -> Tensor:
+    """Return the share of each batch in the cells of each condition-effect node, shape (node, batch)."""
+    names, nodes = model.vocabulary, model.condition_effect.nodes
+    table = torch.zeros(len(screen.conditions), len(names.batches))
+    codes = torch.tensor([names.batch_code(b) for b in screen.batches])[torch.as_tensor(screen.batch)]
+    table.index_put_((torch.as_tensor(screen.condition), codes), torch.ones(screen.n_cells), accumulate=True)
+    total = torch.zeros(len(nodes), len(names.batches))
+    number = {node: k for k, node in enumerate(nodes)}
+    for row, protocol in zip(table, screen.conditions, strict=True):
+        known = names.protocol(protocol)
+        for term in terms(known):
+            total[number[Node(term, known.time / names.time_scale)]] += row
+    return total / total.sum(1, keepdim=True).clamp(min=1)

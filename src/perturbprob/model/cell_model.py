@@ -1,0 +1,104 @@
+"""The generative story of a screen: η, P, M, W, V, in that order."""
+
+from typing import Any, final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float, Int
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from perturbprob.dynamics.transition import CellState, Effects, Transition
+from perturbprob.experiment.vocabulary import Vocabulary
+from perturbprob.measurement.batch_effect import BatchEffect
+from perturbprob.measurement.counts import CountHead, CountLaw
+from perturbprob.measurement.decoder import Decoder
+from perturbprob.model.cells import Cells
+from perturbprob.model.condition_effect import ConditionEffect
+
+
+@final
+class CellModel(PyroModule):
+    """A screen as the paper tells it: cells at rest X are perturbed, their media changed, left alone, and measured.
+
+    Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
+    ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
+    ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
+    ``log_depth`` the log of the depth at size factor 1. ``recipe`` is how `load` builds the model again.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        transition: Transition,
+        decoder: Decoder,
+        measurement: CountHead,
+        batch_effect: BatchEffect,
+        condition_effect: ConditionEffect,
+        *,
+        n_latent: int,
+        log_share: Float[Tensor, " gene"],
+        log_depth: float,
+        recipe: dict[str, Any] | None = None,
+    ) -> None:
+        """Fill the slots."""
+        super().__init__()
+        self.vocabulary, self.recipe = vocabulary, recipe or {}
+        self.transition, self.decoder, self.measurement = transition, decoder, measurement
+        self.batch_effect, self.condition_effect = batch_effect, condition_effect
+        self.n_latent = n_latent
+        self.register_buffer("log_share", log_share)
+        self.register_buffer("log_depth", torch.tensor(log_depth))
+
+    def forward(self, cells: Cells) -> None:
+        """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
+        sites = self.globals()
+        with pyro.plate("cell", cells.total, subsample=cells.index):
+            with pyro.poutine.scale(scale=cells.warmth):
+                z = pyro.sample("z", self.at_rest(len(cells)))  # X, a cell at rest
+            state = self.moved(sites, z, cells)  # W(M(P(X))), eq 4
+            pyro.sample("counts", self.measured(sites, state, cells).to_event(1), obs=cells.counts)  # V, eq 10
+
+    def globals(self) -> dict[str, Tensor]:
+        """Sample what all cells share: η, the measurement, and the effects."""
+        eta = self.batch_effect()  # eq 15
+        measurement = self.measurement.globals()
+        bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
+        return {"batch_effect": eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement}
+
+    def effects(self) -> dict[str, Tensor]:
+        """Sample what each perturbation and media adds to the push, with a scale per perturbation."""
+        sites = {}
+        for kind, names in (("perturbation", self.vocabulary.perturbations), ("media", self.vocabulary.media)):
+            zero = self.log_share.new_zeros(len(names))
+            if len(names):
+                scale = pyro.sample(f"{kind}_scale", dist.LogNormal(zero - 0.7, 0.7).to_event(1))
+                law = dist.Normal(zero[:, None].expand(-1, self.n_latent), scale[:, None])
+                sites[f"{kind}_effect"] = pyro.sample(f"{kind}_effect", law.to_event(2))
+        return sites
+
+    def at_rest(self, n_cells: int) -> dist.Distribution:
+        """Return the law of z₀ for each cell, Normal(0, I)."""
+        return dist.Normal(self.log_share.new_zeros(n_cells, self.n_latent), 1.0).to_event(1)
+
+    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], cells: Cells) -> CellState:
+        """Carry cells at rest through their protocols."""
+        none = z.new_zeros(0, self.n_latent)
+        return self.transition(z, cells.protocol, Effects(sites.get("perturbation_effect", none), sites.get("media_effect", none)))
+
+    def log_shares(self, sites: dict[str, Tensor], state: CellState, rows: Int[Tensor, "cell part"]) -> Float[Tensor, "*plate cell gene"]:
+        """Return the log of each gene's expected share of a cell's counts, before batch effects."""
+        offset = sites["gene_bias"] + self.condition_effect.total(sites["condition_effect"], rows)
+        return self.decoder(state.z, offset)
+
+    def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> CountLaw:
+        """Return the law of the counts: log rate = log ℓ + log share + η^b (eq 15)."""
+        eta = torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1))[cells.batch]
+        depth = (cells.log_size_factor + self.log_depth)[:, None]
+        return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta)
+
+    def law(self, sites: dict[str, Tensor], log_rate: Float[Tensor, "*plate gene"]) -> CountLaw:
+        """Return the law of counts around a log rate."""
+        return self.measurement(log_rate, *(sites[name] for name in ("dispersion", "gate") if name in sites))
+

@@ -1,0 +1,98 @@
+"""Cells as a model sees them: a screen in the words of a vocabulary, minibatch by minibatch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from perturbprob.experiment.vocabulary import Segment
+from perturbprob.model.condition_effect import Node, terms
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.model.cell_model import CellModel
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A minibatch of cells as tensors. ``total`` is the size of the plate they stand for, ``index`` their places in it.
+
+    ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0.
+    ``warmth`` is the weight of the cells' own KL term while a training warms up.
+    """
+
+    total: int
+    index: Int[Tensor, " cell"]
+    protocol: Sequence[Segment]
+    rows: Int[Tensor, "cell part"]
+    batch: Int[Tensor, " cell"]
+    log_size_factor: Float[Tensor, " cell"]
+    counts: Float[Tensor, "cell gene"]
+    warmth: float = 1.0
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return len(self.index)
+
+
+@final
+class CellTable:
+    """The cells of a screen in the names of a model; refuses names that the model has never seen.
+
+    Conditions at times or in combinations that the model has not seen are allowed: their condition effects are ``extra`` nodes,
+    which `sites` draws given one draw of the others.
+    """
+
+    def __init__(self, model: "CellModel", screen: "Screen") -> None:
+        """Encode each condition once."""
+        names = model.vocabulary
+        if tuple(screen.genes) != names.genes:
+            missing = sorted(set(names.genes) - set(screen.genes))
+            found = f"{len(missing)} of its genes are missing, such as {missing[:3]}" if missing else "the same genes are in another order or beside others"
+            raise ValueError(f"The model knows {len(names.genes)} genes and the screen holds {screen.n_genes}; {found}. Take adata[:, genes] first.")
+        if screen.time_unit != names.time_unit:
+            raise ValueError(f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first.")
+        self.model, self.screen = model, screen
+        protocols = [names.protocol(p) for p in screen.conditions]
+        times = [p.time / names.time_scale for p in protocols]
+        known = set(model.condition_effect.nodes)
+        wanted = dict.fromkeys(Node(t, s) for p, s in zip(protocols, times, strict=True) for t in terms(p))
+        self.extra = [n for n in wanted if n not in known]
+        self.rows = model.condition_effect.rows(protocols, times, self.extra)
+        device = model.log_share.device
+        self.segments = [s.to(device) for s in names.encode(protocols)]
+        self.condition = torch.as_tensor(screen.condition)
+        codes = torch.tensor([names.batch_code(b) for b in screen.batches])
+        self.batch = codes[torch.as_tensor(screen.batch)]
+        self.log_size_factor = torch.as_tensor(np.log(screen.size_factor), dtype=torch.float32)
+
+    def sites(self, draw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return one draw of the global sites with the condition effects of this screen's own conditions added."""
+        if not self.extra:
+            return draw
+        more = self.model.condition_effect.extended(draw, self.extra)
+        return draw | {"condition_effect": torch.cat([draw["condition_effect"], more])}
+
+    def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
+        """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells."""
+        counts = torch.from_numpy(self.screen.counts[index.numpy()].toarray())
+        condition, device = self.condition[index], self.model.log_share.device
+        return Cells(
+            total=self.screen.n_cells if total is None else total,
+            index=torch.arange(len(index), device=device),
+            protocol=[s[condition.to(device)] for s in self.segments],
+            rows=self.rows[condition].to(device),
+            batch=self.batch[index].to(device),
+            log_size_factor=self.log_size_factor[index].to(device),
+            counts=counts.to(device=device, dtype=torch.float32),
+            warmth=warmth,
+        )
+
+    def minibatches(self, minibatch: int) -> Iterator[Cells]:
+        """Iterate over all cells in their order."""
+        for index in torch.arange(self.screen.n_cells).split(minibatch):
+            yield self.cells(index)

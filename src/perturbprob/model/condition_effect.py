@@ -1,0 +1,157 @@
+"""What a condition does to single genes beyond what the latent state can carry: shrunken, and a smooth function of time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float, Int
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from perturbprob.experiment.action import Media, Protocol
+
+Term = tuple[str, ...]
+"""The part of a condition that an effect belongs to: a perturbation, a media, or several of them together."""
+
+
+def terms(protocol: Protocol) -> list[Term]:
+    """Return the terms of a protocol: each perturbation, the media, and all together where there is more than one.
+
+    >>> from perturbprob.experiment.action import Knockout, Wait
+    >>> terms(Knockout("A") >> Media("TGFB1") >> Wait(2))
+    [("Knockout('A')",), ("Media('TGFB1')",), ("Knockout('A')", "Media('TGFB1')")]
+    """
+    media = [] if protocol.media is None else [repr(Media(protocol.media))]
+    parts = [*map(repr, protocol.perturbations), *media]
+    return [(part,) for part in parts] + ([tuple(parts)] if len(parts) > 1 else [])
+
+
+@final
+class FromRest(TorchDistribution):
+    """An Ornstein-Uhlenbeck path that leaves 0 at time 0, at irregular nodes, for many terms and genes at once.
+
+    x_j = a_j x_{prev(j)} + scale_j √(1 − a_j²) ε, a_j = e^(−gap_j / memory): variance scale² (1 − e^(−2 t / memory)). ``scale`` has shape
+    (node, gene); ``previous`` names the node before (the number of nodes where there is none); ``depth`` is how many nodes come
+    before it in its own path.
+    """
+
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(
+        self, scale: Float[Tensor, "node gene"], gap: Float[Tensor, " node"], memory: Tensor, previous: Int[Tensor, " node"], depth: Int[Tensor, " node"]
+    ) -> None:
+        """Keep the nodes."""
+        self.scale, self.previous, self.depth = scale, previous, depth
+        self.keep = torch.exp(-gap / memory)[:, None]
+        self.innovation = scale * torch.sqrt(-torch.expm1(-2 * gap / memory))[:, None]
+        super().__init__(torch.Size(), scale.shape, validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "FromRest":
+        """Return the law itself: it has no batch shape."""
+        return self
+
+    def log_prob(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw"]:
+        """Log-density of whole paths."""
+        before = torch.nn.functional.pad(value, (0, 0, 0, 1))[..., self.previous, :]
+        return dist.Normal(self.keep * before, self.innovation).log_prob(value).sum((-1, -2))
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Float[Tensor, "*draw node gene"]:  # noqa: B008
+        """Draw whole paths, node after node."""
+        noise = torch.randn(*sample_shape, *self.event_shape, dtype=self.scale.dtype, device=self.scale.device) * self.innovation
+        path = torch.nn.functional.pad(torch.zeros_like(noise), (0, 0, 0, 1))
+        for level in range(int(self.depth.max()) + 1 if len(self.depth) else 0):
+            here = (self.depth == level)[:, None]
+            step = self.keep * path[..., self.previous, :] + noise
+            path = torch.where(torch.nn.functional.pad(here, (0, 0, 0, 1)), torch.nn.functional.pad(step, (0, 0, 0, 1)), path)
+        return path[..., :-1, :]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One term at one time, in units of the median wait."""
+
+    term: Term
+    time: float
+
+
+@final
+class ConditionEffect(PyroModule):
+    """The effect r of each condition on each gene's log rate that the low-dimensional dynamics does not carry.
+
+    The effect of a condition is the sum over its `terms`; each term is a path in time that starts at rest,
+    r_term(t) ~ OU(0 at t = 0, scale_term · scale_gene, memory), log scale_term ~ Normal(log 0.1, 1), log scale_gene ~ Normal(0, 0.5),
+    log memory ~ Normal(0, 0.5) in median waits. What is not needed shrinks to 0; at a time between or beyond those measured the
+    path is conditioned on its neighbours, so intervals widen by themselves.
+    """
+
+    def __init__(self, nodes: Sequence[Node], n_genes: int) -> None:
+        """Order the nodes into paths."""
+        super().__init__()
+        self.nodes = tuple(sorted(nodes, key=lambda n: (n.term, n.time)))
+        self.n_genes = n_genes
+        self.terms = tuple(dict.fromkeys(n.term for n in self.nodes))
+        self._number = {node: k for k, node in enumerate(self.nodes)}
+        follows = [k > 0 and self.nodes[k - 1].term == n.term for k, n in enumerate(self.nodes)]
+        depth: list[int] = []
+        for chained in follows:
+            depth.append(depth[-1] + 1 if chained else 0)
+        gap = [n.time - (self.nodes[k - 1].time if follows[k] else 0.0) for k, n in enumerate(self.nodes)]
+        self.register_buffer("gap", torch.tensor(gap, dtype=torch.float32).clamp(min=1e-6), persistent=False)
+        self.register_buffer("previous", torch.tensor([k - 1 if c else len(gap) for k, c in enumerate(follows)], dtype=torch.long), persistent=False)
+        self.register_buffer("depth", torch.tensor(depth, dtype=torch.long), persistent=False)
+        self.register_buffer("term", torch.tensor([self.terms.index(n.term) for n in self.nodes], dtype=torch.long), persistent=False)
+
+    def forward(self) -> Float[Tensor, "node gene"]:
+        """Sample the paths above the cell plate; one row per node."""
+        if not self.nodes:
+            return self.gap.new_zeros(0, self.n_genes)
+        zero, genes = self.gap.new_zeros(len(self.terms)), self.gap.new_zeros(self.n_genes)
+        scale = pyro.sample("condition_scale", dist.LogNormal(zero - 2.3, 1.0).to_event(1))
+        gene_scale = pyro.sample("condition_gene_scale", dist.LogNormal(genes, 0.5).to_event(1))
+        memory = pyro.sample("condition_memory", dist.LogNormal(self.gap.new_tensor(0.0), 0.5))
+        law = FromRest(scale[self.term, None] * gene_scale, self.gap, memory, self.previous, self.depth)
+        return pyro.sample("condition_effect", law)
+
+    def rows(self, protocols: Sequence[Protocol], times: Sequence[float], extra: Sequence[Node] = ()) -> Int[Tensor, "condition part"]:
+        """Return which nodes add up to each condition, ``extra`` nodes behind the model's own; padded with the number of all."""
+        number = self._number | {node: len(self.nodes) + k for k, node in enumerate(extra)}
+        found = [[number[Node(t, time)] for t in terms(p)] for p, time in zip(protocols, times, strict=True)]
+        width = max(map(len, found), default=0)
+        return torch.tensor([row + [len(number)] * (width - len(row)) for row in found], dtype=torch.long).reshape(len(found), width)
+
+    def total(self, effect: Float[Tensor, "node gene"], rows: Int[Tensor, "condition part"]) -> Float[Tensor, "condition gene"]:
+        """Add up the effects of each condition's nodes."""
+        return torch.nn.functional.pad(effect, (0, 0, 0, 1))[rows].sum(-2)
+
+    def extended(self, sites: dict[str, Tensor], nodes: Sequence[Node]) -> Float[Tensor, "extra gene"]:
+        """Draw the effect of nodes that were not measured, given one draw of those that were.
+
+        A term seen at other times is an OU bridge, or the free path behind its last node; a term never seen is drawn from the
+        prior with the median scale over terms.
+        """
+        rows = [self._draw(sites, term, [n.time for n in nodes if n.term == term]) for term in dict.fromkeys(n.term for n in nodes)]
+        drawn = dict(zip((n for t in dict.fromkeys(n.term for n in nodes) for n in nodes if n.term == t), torch.cat(rows), strict=True))
+        return torch.stack([drawn[n] for n in nodes])
+
+    def _draw(self, sites: dict[str, Tensor], term: Term, times: Sequence[float]) -> Float[Tensor, "extra gene"]:
+        """Draw one term's path at new times from the Gaussian law conditioned on its own nodes."""
+        own = [k for k, n in enumerate(self.nodes) if n.term == term]
+        if "condition_scale" not in sites:
+            return self.gap.new_zeros(len(times), self.n_genes)
+        scales = sites["condition_scale"]
+        scale = (scales[self.terms.index(term)] if own else scales.median()) * sites["condition_gene_scale"]
+        at = torch.tensor([*(self.nodes[k].time for k in own), *times], dtype=torch.float64)
+        memory, n = sites["condition_memory"].double().cpu(), len(own)
+        kernel = torch.exp(-(at[:, None] - at).abs() / memory) - torch.exp(-(at[:, None] + at) / memory)
+        gain = torch.linalg.solve(kernel[:n, :n] + 1e-9 * torch.eye(n, dtype=at.dtype), kernel[:n, n:]).T
+        spread = kernel[n:, n:] - gain @ kernel[:n, n:]
+        values, vectors = torch.linalg.eigh((spread + spread.T) / 2)
+        root = (vectors * values.clamp(min=0).sqrt()).to(scale)
+        known = sites["condition_effect"][own] if own else scale.new_zeros(0, self.n_genes)
+        return gain.to(scale) @ known + (root @ torch.randn(len(times), self.n_genes).to(scale)) * scale

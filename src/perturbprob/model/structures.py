@@ -1,0 +1,77 @@
+"""Structures: named fillings of `CellModel`'s slots."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from perturbprob.dynamics.neural_ode import NeuralODE
+from perturbprob.dynamics.solve import Solver
+from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.vocabulary import Vocabulary
+from perturbprob.measurement.batch_effect import BatchEffect
+from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from perturbprob.measurement.decoder import Decoder
+from perturbprob.model.cell_model import CellModel
+from perturbprob.model.condition_effect import ConditionEffect, Node, terms
+
+HEADS: dict[str, type[CountHead]] = {
+    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
+    "negative_binomial": NegativeBinomial,
+    "poisson": Poisson,
+}
+
+
+def node(
+    screen: Screen,
+    n_latent: int = 10,
+    *,
+    measurement: str = "zero_inflated_negative_binomial",
+    n_hidden: int = 128,
+    field: nn.Module | None = None,
+    solver: str = "rk4",
+) -> CellModel:
+    """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
+
+    ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
+    "zero_inflated_negative_binomial", "negative_binomial", "poisson"; ``field`` any module ``field(z, perturbation, media, clock)``
+    that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq. The screen gives names and the
+    share of each gene in all counts; nothing of it is kept.
+    """
+    if n_latent < 1:
+        raise ValueError(f"n_latent is the size of the latent state and must be at least 1; got {n_latent}.")
+    if measurement not in HEADS:
+        raise ValueError(f"Unknown measurement {measurement!r}. Use one of {', '.join(map(repr, HEADS))}.")
+    totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
+    facts = {
+        "vocabulary": Vocabulary.of(screen),
+        "nodes": condition_nodes(screen),
+        "log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32),
+        "log_depth": float(np.log(screen.counts.sum() / screen.size_factor.sum())),
+    }
+    return fill(facts, {"n_latent": n_latent, "measurement": measurement, "n_hidden": n_hidden, "solver": solver}, field)
+
+
+def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
+    """Fill the slots from the facts of a screen and the arguments of `node`."""
+    vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
+    n_genes = len(vocabulary.genes)
+    return CellModel(
+        vocabulary,
+        NeuralODE(n_latent, field=field, solver=Solver(arguments["solver"])),
+        Decoder(n_latent, n_genes, n_hidden=n_hidden),
+        HEADS[arguments["measurement"]](n_genes),
+        BatchEffect(len(vocabulary.batches), facts["log_share"].exp()),
+        ConditionEffect(facts["nodes"], n_genes),
+        n_latent=n_latent,
+        log_share=facts["log_share"],
+        log_depth=facts["log_depth"],
+        recipe={"structure": "node", "arguments": arguments, "field": None if field is None else type(field).__qualname__},
+    )
+
+
+def condition_nodes(screen: Screen) -> list[Node]:
+    """Return every term of the screen's conditions at every time it was measured, in units of the median wait."""
+    scale = Vocabulary.of(screen).time_scale
+    return sorted({Node(t, p.time / scale) for p in screen.conditions for t in terms(p)}, key=lambda n: (n.term, n.time))

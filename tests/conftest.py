@@ -1,0 +1,45 @@
+"""What every test shares: shapes and types checked at run time, and the study data."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+# Every annotation of the package is checked when a function is called or a doctest runs. An int passes for a float; beartype
+# cannot read Self on a method by itself.
+CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
+    is_pep484_tower=True, hint_overrides=beartype.FrozenDict({__import__("typing").Self: object})
+))"""
+jaxtyping.install_import_hook("perturbprob", CHECKER)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Run as users do, without the checker: for tests of the package's own errors about values of a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_path() -> Callable[[str], Path]:
+    """Find a study's data file by name, or skip: these files are not part of the repository."""
+    folder = ROOT / os.environ.get("PERTURBPROB_DATA", "../shared/data")
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.is_file():
+            pytest.skip(f"needs {name}: set PERTURBPROB_DATA to the folder that holds it")
+        return path
+
+    return find
