@@ -1,0 +1,68 @@
+"""perturbprob: probabilistic models of perturbation screens with single-cell readouts, built on Pyro.
+
+A screen is a protocol of actions on a latent cell state (perturb P, change media M, wait W), seen through a measurement V with batch
+effects η^b. ``import perturbprob as pb``.
+"""
+
+import pyro
+
+# a second model in one session must not take over the parameters of the first
+pyro.settings.set(module_local_params=True)
+
+from perturbprob.experiment import datasets  # noqa: E402
+from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait  # noqa: E402
+from perturbprob.experiment.screen import Screen, ScreenWarning  # noqa: E402
+from perturbprob.experiment.simulate import simulate  # noqa: E402
+from perturbprob.inference import (  # noqa: E402
+    AliasedWarning,
+    Fit,
+    NonFiniteLoss,
+    coherent_draws,
+    effects,
+    fit,
+    load,
+    log_density,
+    posterior,
+    predict,
+    prior,
+)
+from perturbprob.model import CellModel, node  # noqa: E402
+from perturbprob.studies import predictive_check  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "Activation",
+    "AliasedWarning",
+    "CellModel",
+    "Fit",
+    "Interference",
+    "Knockout",
+    "Media",
+    "NonFiniteLoss",
+    "Protocol",
+    "Screen",
+    "ScreenWarning",
+    "Wait",
+    "coherent_draws",
+    "datasets",
+    "effects",
+    "fit",
+    "load",
+    "log_density",
+    "node",
+    "plots",
+    "posterior",
+    "predict",
+    "predictive_check",
+    "prior",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Load the plots when they are first asked for: they need matplotlib."""
+    if name == "plots":
+        import importlib
+
+        return importlib.import_module("perturbprob.plots")
+    raise AttributeError(f"module 'perturbprob' has no attribute {name!r}")

@@ -186,6 +186,10 @@ class Protocol:
         """Return the protocol with the media called ``name`` written as the baseline media."""
         return type(self)(Media() if isinstance(a, Media) and a.name == name else a for a in self.actions)
 
+    def unperturbed(self) -> Self:
+        """Return the protocol of a control cell beside this one: the same media and waits, no perturbation."""
+        return type(self)(a for a in self.actions if not isinstance(a, Perturbation))
+
     def segments(self) -> tuple[tuple[tuple[Action, ...], float], ...]:
         """Cut the protocol behind each wait: what is done at one instant, and how long the wait behind it is."""
         cut: list[tuple[tuple[Action, ...], float]] = []

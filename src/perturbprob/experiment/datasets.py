@@ -73,5 +73,5 @@ def _read_modality(file: Group, modality: str) -> AnnData:
     if modality not in file["mod"]:
         raise ValueError(f"modality={modality!r} is not in the file. {nearest(modality, file['mod'])}")
     adata, obs = (anndata.io.read_elem(file[name]) for name in (f"mod/{modality}", "obs"))
-    shared = obs.reindex(adata.obs_names)
-    return AnnData(adata.X, obs=adata.obs.join(shared[shared.columns.difference(adata.obs.columns)]), var=adata.var, layers=adata.layers)
+    adata.obs = adata.obs.join(obs[obs.columns.difference(adata.obs.columns)])
+    return adata

@@ -47,6 +47,8 @@ def _to_csr(values: Matrix, name: str) -> csr_array:
         values = np.asarray(values[...])
     if values.dtype.kind not in "buif":
         raise ValueError(f"{name} holds values of type {values.dtype}, not counts. If they are numbers: {name} = {name}.astype('float32').")
+    if values.dtype == np.float16:  # scipy.sparse has no such type
+        values = values.astype(np.float32)
     if issparse(values) and values.format not in ("csr", "csc"):
         values = values.astype(np.float64)  # tocsr adds duplicate entries up, in a small type they would overflow
     matrix = csr_array(values)

@@ -108,7 +108,7 @@ class Screen:
         >>> adata = AnnData(np.array([[3, 1], [0, 2], [5, 1]]), obs={"gene": ["NT", "KLF1", "KLF1+CEBPA"]})
         >>> adata.var_names = ["KLF1", "CEBPA"]
         >>> Screen.from_anndata(adata, perturbation="gene", perturbation_type="CRISPRa").conditions[1:]
-        (Activation('KLF1') >> Wait(1), Activation('CEBPA') >> Activation('KLF1') >> Wait(1))
+        (Activation('CEBPA') >> Activation('KLF1') >> Wait(1), Activation('KLF1') >> Wait(1))
         """
         reading.check_names(adata)
         obs, words = adata.obs, (control,) if isinstance(control, str) else tuple(control)
@@ -198,7 +198,7 @@ class Screen:
         >>> from perturbprob.experiment import Knockout, Wait, datasets
         >>> screen = datasets.ishikawa2023()
         >>> len(screen.cells_of("control")), len(screen.cells_of(Knockout("NANOG") >> Wait(5)))
-        (1182, 142)
+        (1182, 284)
         """
         if isinstance(condition, str):
             name = "+".join(sorted(set(reading.genes_of(condition, [self.control])))) or "control"
@@ -273,7 +273,8 @@ def _remarks(screen: Screen) -> Iterator[str]:
     silent = np.bincount(screen.counts.indices, minlength=screen.n_genes) == 0
     if silent.any():
         found = reading.some(np.array(screen.genes)[silent], "gene")
-        yield f"{found} without any count. Kept, but nothing can be learnt of them: drop them with adata[:, adata.X.sum(axis=0) > 0]."
+        drop = "adata = adata[:, np.asarray(adata.X.sum(axis=0)).ravel() > 0]"
+        yield f"{found} without any count. Kept, but nothing can be learnt of them; to drop them: {drop}."
     unseen = sorted({a.gene for p in screen.conditions for a in p.perturbations} - set(screen.genes))
     if unseen:
         found = reading.some(unseen, "perturbed gene")

@@ -1,0 +1,11 @@
+"""From data to posterior."""
+
+from perturbprob.inference.density import log_density
+from perturbprob.inference.draws import coherent_draws
+from perturbprob.inference.effects import effects
+from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
+from perturbprob.inference.posterior import posterior, prior
+from perturbprob.inference.predict import AliasedWarning, predict
+from perturbprob.inference.storage import load
+
+__all__ = ["AliasedWarning", "Fit", "NonFiniteLoss", "coherent_draws", "effects", "fit", "load", "log_density", "posterior", "predict", "prior"]

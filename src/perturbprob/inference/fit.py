@@ -93,6 +93,7 @@ def fit(
     learning_rate: float = 4e-3,
     validation: float = 0.1,
     patience: int = 20,
+    warmup: int = 20,
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
@@ -101,11 +102,12 @@ def fit(
     Main arguments: ``epochs`` passes over the cells in minibatches of ``minibatch`` cells, Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
-    is kept). ``seed`` fixes the start of the guide, the order of the cells and all draws; the user's own random state is left alone.
+    is kept). Over the first ``warmup`` epochs the weight of each cell's KL term rises to 1. ``seed`` fixes the start of the guide, the order of the cells and all draws; the user's own random state is left alone.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     _check_arguments(model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation)
-    settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation, "patience": patience}
+    settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
+    settings |= {"patience": patience, "warmup": warmup}
     with torch.random.fork_rng():
         pyro_state = pyro.util.get_rng_state()
         try:
@@ -166,7 +168,7 @@ class _Training:
         """Take one pass over the training cells; return the mean loss per cell and gene."""
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
         for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
-            cells = self.table.cells(index, len(self.training))
+            cells = self.table.cells(index, len(self.training), self._warmth())
             loss = self.elbo(cells) / scale
             optimiser.zero_grad()
             loss.backward()
@@ -174,8 +176,12 @@ class _Training:
             if not torch.isfinite(loss) or not torch.isfinite(norm):
                 raise NonFiniteLoss(self._blame(cells, index), self._fit())
             optimiser.step()
-            self.step, total, n_steps = self.step + 1, total + float(loss), n_steps + 1
+            self.step, total, n_steps = self.step + 1, total + float(loss.detach()), n_steps + 1
         return total / n_steps
+
+    def _warmth(self) -> float:
+        """Return the weight of the cells' KL term, which rises over the warm-up: else latent dimensions die before they are of use."""
+        return min(1.0, (len(self.losses["train"]) + 1) / max(1, self.settings["warmup"]))
 
     def _stop(self, epoch: int) -> bool:
         """Keep the parameters if the held-out cells say they are the best so far; say whether patience has run out."""
@@ -184,7 +190,7 @@ class _Training:
             return False
         losses = self.losses["validation"]
         losses.append(self._validation())
-        if losses[-1] <= min(losses):
+        if losses[-1] <= min(losses) or epoch < self.settings["warmup"]:
             self.best, self.best_epoch = copy.deepcopy(self.elbo.state_dict()), epoch
         return bool(epoch - self.best_epoch >= self.settings["patience"])
 

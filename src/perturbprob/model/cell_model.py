@@ -84,8 +84,12 @@ class CellModel(PyroModule):
 
     def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], cells: Cells) -> CellState:
         """Carry cells at rest through their protocols."""
-        none = z.new_zeros(0, self.n_latent)
-        return self.transition(z, cells.protocol, Effects(sites.get("perturbation_effect", none), sites.get("media_effect", none)))
+        return self.transition(z, cells.protocol, self.pushes(sites))
+
+    def pushes(self, sites: dict[str, Tensor]) -> Effects:
+        """Return what perturbations and media add to the push, in the words of the transition."""
+        none = self.log_share.new_zeros(0, self.n_latent)
+        return Effects(sites.get("perturbation_effect", none), sites.get("media_effect", none))
 
     def log_shares(self, sites: dict[str, Tensor], state: CellState, rows: Int[Tensor, "cell part"]) -> Float[Tensor, "*plate cell gene"]:
         """Return the log of each gene's expected share of a cell's counts, before batch effects."""

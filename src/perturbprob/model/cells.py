@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.model.condition_effect import Node, terms
 
@@ -47,8 +48,8 @@ class CellTable:
     which `sites` draws given one draw of the others.
     """
 
-    def __init__(self, model: "CellModel", screen: "Screen") -> None:
-        """Encode each condition once."""
+    def __init__(self, model: "CellModel", screen: "Screen", protocols: Sequence[Protocol] | None = None) -> None:
+        """Encode each condition once; ``protocols``, one for each condition of the screen, stand in for what was really done."""
         names = model.vocabulary
         if tuple(screen.genes) != names.genes:
             missing = sorted(set(names.genes) - set(screen.genes))
@@ -57,7 +58,7 @@ class CellTable:
         if screen.time_unit != names.time_unit:
             raise ValueError(f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first.")
         self.model, self.screen = model, screen
-        protocols = [names.protocol(p) for p in screen.conditions]
+        protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
         times = [p.time / names.time_scale for p in protocols]
         known = set(model.condition_effect.nodes)
         wanted = dict.fromkeys(Node(t, s) for p, s in zip(protocols, times, strict=True) for t in terms(p))

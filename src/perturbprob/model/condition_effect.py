@@ -58,8 +58,11 @@ class FromRest(TorchDistribution):
 
     def log_prob(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw"]:
         """Log-density of whole paths."""
-        before = torch.nn.functional.pad(value, (0, 0, 0, 1))[..., self.previous, :]
-        return dist.Normal(self.keep * before, self.innovation).log_prob(value).sum((-1, -2))
+        return dist.Normal(self.expected(value), self.innovation).log_prob(value).sum((-1, -2))
+
+    def expected(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw node gene"]:
+        """Return the mean of each node given the node before it."""
+        return self.keep * torch.nn.functional.pad(value, (0, 0, 0, 1))[..., self.previous, :]
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Float[Tensor, "*draw node gene"]:  # noqa: B008
         """Draw whole paths, node after node."""
@@ -115,8 +118,11 @@ class ConditionEffect(PyroModule):
         scale = pyro.sample("condition_scale", dist.LogNormal(zero - 2.3, 1.0).to_event(1))
         gene_scale = pyro.sample("condition_gene_scale", dist.LogNormal(genes, 0.5).to_event(1))
         memory = pyro.sample("condition_memory", dist.LogNormal(self.gap.new_tensor(0.0), 0.5))
-        law = FromRest(scale[self.term, None] * gene_scale, self.gap, memory, self.previous, self.depth)
-        return pyro.sample("condition_effect", law)
+        return pyro.sample("condition_effect", self.law(scale, gene_scale, memory))
+
+    def law(self, scale: Float[Tensor, " term"], gene_scale: Float[Tensor, " gene"], memory: Tensor) -> FromRest:
+        """Return the prior of all paths."""
+        return FromRest(scale[self.term, None] * gene_scale, self.gap, memory, self.previous, self.depth)
 
     def rows(self, protocols: Sequence[Protocol], times: Sequence[float], extra: Sequence[Node] = ()) -> Int[Tensor, "condition part"]:
         """Return which nodes add up to each condition, ``extra`` nodes behind the model's own; padded with the number of all."""

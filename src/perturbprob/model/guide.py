@@ -91,6 +91,14 @@ class Guide(PyroModule):
             loc = self.condition_loc - torch.sigmoid(self.condition_weight) * (self.node_batch @ carried)
             pyro.sample(CONDITIONS, dist.Normal(loc, self.condition_log_scale.exp()).to_event(2))
 
+    def centre(self) -> dict[str, Tensor]:
+        """Return the centre of the law of every global site: medians, and means of the normal ones."""
+        centre = {name: dist.transforms.biject_to(self.support[name])(getattr(self, f"{name}_loc")) for name in self.independent}
+        centre["gene_bias"] = self.block_loc[:, 0]
+        if "batch_coordinate" in self.blocked:
+            centre["batch_coordinate"] = self.block_loc[:, 1:].T
+        return centre | ({CONDITIONS: self.condition_loc} if len(self.node_batch) else {})
+
     def _block(self) -> Float[Tensor, "batch gene"]:
         """Sample bias and batch effects of each gene together; return how far each batch's sum of both is from its mean."""
         scale = self.block_log_scale.exp()

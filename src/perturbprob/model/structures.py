@@ -31,12 +31,13 @@ def node(
     n_hidden: int = 128,
     field: nn.Module | None = None,
     solver: str = "rk4",
+    seed: int = 0,
 ) -> CellModel:
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
 
     ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
     "zero_inflated_negative_binomial", "negative_binomial", "poisson"; ``field`` any module ``field(z, perturbation, media, clock)``
-    that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq. The screen gives names and the
+    that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq; ``seed`` starts the networks. The screen gives names and the
     share of each gene in all counts; nothing of it is kept.
     """
     if n_latent < 1:
@@ -50,7 +51,9 @@ def node(
         "log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32),
         "log_depth": float(np.log(screen.counts.sum() / screen.size_factor.sum())),
     }
-    return fill(facts, {"n_latent": n_latent, "measurement": measurement, "n_hidden": n_hidden, "solver": solver}, field)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return fill(facts, {"n_latent": n_latent, "measurement": measurement, "n_hidden": n_hidden, "solver": solver}, field)
 
 
 def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:

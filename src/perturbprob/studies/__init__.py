@@ -1,0 +1,5 @@
+"""Questions asked of a screen or a fit; they return data."""
+
+from perturbprob.studies.predictive_check import predictive_check
+
+__all__ = ["predictive_check"]

@@ -1,0 +1,64 @@
+"""Held-out log density: the one estimator."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.model.cells import Cells, CellTable
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.inference.fit import Fit
+    from perturbprob.model.cell_model import CellModel
+    from perturbprob.model.guide import Guide
+
+CHUNK = 2_000_000
+"""How many values of cells × genes × particles are held at once."""
+
+
+@torch.no_grad()
+def importance(model: "CellModel", guide: "Guide", sites: Sites, cells: Cells, particles: int, *, seed: int = 0) -> Float[Tensor, " cell"]:
+    """Return log p(x | globals) of each cell, by importance sampling of z₀ from the encoder: log mean_k p(x | z_k) p(z_k) / q(z_k | x)."""
+    encoder, rest = guide.rest(cells), model.at_rest(len(cells))
+    step = max(1, CHUNK // max(1, cells.counts.numel()))
+    parts = []
+    with seeded(seed):
+        for size in [min(step, particles - k) for k in range(0, particles, step)]:
+            z = encoder.sample((size,))
+            law = model.measured(sites, model.moved(sites, z, cells), cells)
+            parts.append(law.log_prob(cells.counts).sum(-1) + rest.log_prob(z) - encoder.log_prob(z))
+    return torch.logsumexp(torch.cat(parts), 0) - math.log(particles)
+
+
+@torch.no_grad()
+def log_density(fit: "Fit", screen: "Screen", particles: int = 100, *, n_draws: int = 10, minibatch: int = 256, seed: int = 0) -> xr.DataArray:
+    """Return the log predictive density of each cell of a screen, dim (cell,), in nats.
+
+    log (1/S) Σ_s (1/K) Σ_k p(x | z_k, globals_s) p(z_k) / q(z_k | x): the log of the mean over ``n_draws`` global draws of the importance average
+    over ``particles`` draws of z₀. Comparable between models on the same cells and genes; divide by the number of genes for a
+    density per count. The importance average is biased low by less the more particles there are. The screen may be the training screen
+    or held-out cells; a held-out condition whose perturbation and media are known is allowed.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> pb.log_density(fit, screen, particles=5).sizes["cell"]
+    200
+    """
+    check_draws(particles, "particles")
+    table = CellTable(fit.model, screen)
+    draws = []
+    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
+        with seeded(seed, k, 1):
+            draws.append(table.sites(draw))
+    values = []
+    for number, cells in enumerate(table.minibatches(minibatch)):
+        each = [importance(fit.model, fit.guide, sites, cells, particles, seed=seed + 7919 * number + k) for k, sites in enumerate(draws)]
+        values.append(torch.logsumexp(torch.stack(each), 0) - math.log(n_draws))
+    return xr.DataArray(torch.cat(values).cpu().numpy().astype(np.float64), dims="cell", coords={"cell": list(screen.cells)}, name="log_density")

@@ -1,0 +1,95 @@
+"""Coherent draws: one value of every global site per draw, the same for all cells and minibatches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from perturbprob.model.cell_model import CellModel
+    from perturbprob.model.guide import Guide
+
+Sites = dict[str, Tensor]
+
+
+def check_draws(n_draws: int, name: str = "n_draws") -> None:
+    """Refuse a number of draws below 1."""
+    if not isinstance(n_draws, int) or n_draws < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
+
+
+@torch.no_grad()
+def global_draws(model: "CellModel", guide: "Guide | None", n_draws: int, seed: int = 0) -> Iterator[Sites]:
+    """Yield draws of every global site, sampled and derived, from the guide; from the prior where there is no guide.
+
+    The user's random state is left alone; draw k is the same whatever is done between draws.
+    """
+    check_draws(n_draws)
+    for k in range(n_draws):
+        with seeded(seed, k):
+            around = model.globals
+            if guide is not None:
+                around = pyro.poutine.replay(model.globals, pyro.poutine.trace(guide.globals).get_trace())
+            yield _sites(around)
+
+
+@torch.no_grad()
+def centre(model: "CellModel", guide: "Guide") -> Sites:
+    """Return every global site at the centre of its law."""
+    return _sites(pyro.poutine.condition(model.globals, guide.centre()))
+
+
+def _sites(run: Callable[[], Sites]) -> Sites:
+    """Run the global sites of a model and collect sampled and derived values."""
+    trace = pyro.poutine.trace(run).get_trace()
+    values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return values | trace.nodes["_RETURN"]["value"]
+
+
+class seeded:  # noqa: N801
+    """Run a block under a seed of its own and give the random state back."""
+
+    def __init__(self, *seed: int) -> None:
+        """Mix the parts of the seed."""
+        self.seed = sum(part * factor for part, factor in zip(seed, (1, 1_000_003, 998_244_353), strict=False)) % 2**31
+
+    def __enter__(self) -> None:
+        """Seed."""
+        self.fork = torch.random.fork_rng(devices=[])
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        """Give the state back."""
+        self.fork.__exit__(*error)
+
+
+@torch.no_grad()
+def coherent_draws(
+    model: Callable[..., Any], guide: Callable[..., Any], minibatches: Iterable[Any], n_draws: int, *, plate: str = "cell", seed: int = 0
+) -> Iterator[Sites]:
+    """Yield joint draws of the global and per-cell sites of any Pyro model, cells in the order of the minibatches.
+
+    Each draw takes every site outside the ``plate`` once, and replays it over all minibatches: a mean over cells then carries
+    the uncertainty of the globals, as it must. ``model`` and ``guide`` are called with one minibatch; ``minibatches`` is iterated
+    over once per draw. Per-cell sites are concatenated along the plate, which must be their leftmost dimension.
+    """
+    check_draws(n_draws)
+    batches = list(minibatches)
+    for k in range(n_draws):
+        with seeded(seed, k):
+            shared, local = pyro.poutine.Trace(), {}
+            for cells in batches:
+                guided = pyro.poutine.trace(pyro.poutine.replay(guide, shared)).get_trace(cells)
+                modelled = pyro.poutine.trace(pyro.poutine.replay(model, guided)).get_trace(cells)
+                for name, site in modelled.nodes.items():
+                    if site["type"] != "sample" or site["is_observed"] and "_deterministic" not in site["infer"]:
+                        continue
+                    if any(frame.name == plate for frame in site["cond_indep_stack"]):
+                        local.setdefault(name, []).append(site["value"])
+                    elif name != plate and name not in shared:
+                        shared.add_node(name, **site)
+            together = {name: torch.cat(values) for name, values in local.items() if name != plate}
+            yield {name: site["value"] for name, site in shared.nodes.items() if site["type"] == "sample"} | together

@@ -1,0 +1,104 @@
+"""Draws of what all cells share, as ArviZ InferenceData with named dimensions."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from perturbprob.inference.draws import Sites, check_draws, global_draws
+
+if TYPE_CHECKING:
+    from arviz import InferenceData
+
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.inference.fit import Fit
+    from perturbprob.model.cell_model import CellModel
+
+DIMS: dict[str, tuple[str, ...]] = {
+    "batch_effect": ("batch", "gene"),
+    "batch_scale_overall": (),
+    "batch_scale": ("gene",),
+    "gene_bias": ("gene",),
+    "dispersion": ("gene",),
+    "gate": ("gene",),
+    "perturbation_scale": ("perturbation",),
+    "perturbation_effect": ("perturbation", "latent"),
+    "media_scale": ("media",),
+    "media_effect": ("media", "latent"),
+    "condition_scale": ("term",),
+    "condition_gene_scale": ("gene",),
+    "condition_memory": (),
+    "condition_effect": ("node", "gene"),
+}
+"""The dimensions of every global site of a `CellModel`; its name is also its name in ArviZ."""
+
+
+def posterior(fit: "Fit", n_draws: int = 200, *, seed: int = 0) -> "InferenceData":
+    """Draw from the posterior of everything that cells share.
+
+    Returns ArviZ InferenceData (a DataTree from ArviZ 1 on) with the group ``posterior``: dims (chain, draw, ...) and named coordinates
+    batch, gene, perturbation, media, latent, and node and term for the condition effects (``node`` carries term and time). The latent
+    axes rotate from fit to fit; batch effects, dispersions and fold changes (see `effects`) are what a paper should quote.
+    Each draw is one value of every site, shared by all cells.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> pb.posterior(fit, n_draws=5).posterior["batch_effect"].sel(batch="batch_1").dims
+    ('chain', 'draw', 'gene')
+    """
+    check_draws(n_draws)
+    return _inference_data("posterior", fit.model, global_draws(fit.model, fit.guide, n_draws, seed))
+
+
+def prior(model: "CellModel", screen: "Screen", n_draws: int = 200, *, seed: int = 0) -> "InferenceData":
+    """Draw from the prior of everything that cells share; the group is ``prior``, else as `posterior`.
+
+    The screen must have the genes that the model knows.
+    """
+    check_draws(n_draws)
+    if tuple(screen.genes) != model.vocabulary.genes:
+        raise ValueError(f"The model knows {len(model.vocabulary.genes)} genes and the screen {screen.n_genes} others: build the model from this screen.")
+    return _inference_data("prior", model, global_draws(model, None, n_draws, seed))
+
+
+def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "InferenceData":
+    """Name the draws; ArviZ is touched here only, and its versions before and from 1 are told apart."""
+    import arviz
+
+    dataset = _dataset(model, draws)
+    if hasattr(arviz, "InferenceData"):
+        return arviz.InferenceData(**{group: dataset})
+    return xr.DataTree.from_dict({group: dataset})
+
+
+def _dataset(model: "CellModel", draws: Iterable[Sites]) -> xr.Dataset:
+    """Stack draws into a labelled Dataset with one chain."""
+    kept: dict[str, list[np.ndarray]] = {}
+    for sites in draws:
+        for name in DIMS:
+            if name in sites and sites[name].numel():
+                kept.setdefault(name, []).append(sites[name].detach().cpu().numpy())
+    arrays = {name: (("chain", "draw", *DIMS[name]), np.stack(values)[None]) for name, values in kept.items()}
+    used = {dim for dims, _ in arrays.values() for dim in dims}
+    coords = {name: value for name, value in coordinates(model).items() if (value[0] if isinstance(value, tuple) else name) in used}
+    return xr.Dataset(arrays, coords, {"inference_library": "pyro", "creation_library": "perturbprob"})
+
+
+def coordinates(model: "CellModel") -> dict[str, Any]:
+    """Return the names along every dimension of a model's sites."""
+    names, effect = model.vocabulary, model.condition_effect
+    genes = [p.gene for p in names.perturbations]
+    unit = {"units": names.time_unit} if names.time_unit else {}
+    return {
+        "batch": list(names.batches),
+        "gene": list(names.genes),
+        "perturbation": genes if len(set(genes)) == len(genes) else list(map(repr, names.perturbations)),
+        "media": list(names.media),
+        "latent": np.arange(model.n_latent),
+        "term": [" & ".join(t) for t in effect.terms],
+        "node": [f"{' & '.join(n.term)} at {n.time * names.time_scale:g}" for n in effect.nodes],
+        "node_term": ("node", [" & ".join(n.term) for n in effect.nodes]),
+        "node_time": ("node", [n.time * names.time_scale for n in effect.nodes], unit),
+    }

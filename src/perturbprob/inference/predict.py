@@ -1,0 +1,221 @@
+"""What a fit expects of a protocol, seen or unseen: means with intervals."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from perturbprob.experiment.action import Action, Protocol
+from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.measurement.counts import CountLaw
+from perturbprob.model.condition_effect import Node, terms
+
+if TYPE_CHECKING:
+    from perturbprob.inference.fit import Fit
+
+N_REST = 128
+"""How many rest states z₀, and size factors with them, an expectation is averaged over (the same Sobol points for every draw)."""
+SCALES = ("rate", "counts", "log1p")
+
+
+class AliasedWarning(UserWarning):
+    """A prediction without batch effects on a screen whose batches coincide with times, media or perturbations."""
+
+
+def predict(
+    fit: "Fit",
+    conditions: Protocol | Action | Sequence[Protocol | Action] | None = None,
+    *,
+    n_draws: int = 200,
+    scale: str = "rate",
+    batch: str | Sequence[str] | None = None,
+    interval: str = "mean",
+    n_cells: int | None = None,
+    level: float = 0.9,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Predict the mean of each gene under one or more protocols (default: every condition of the fit), with intervals.
+
+    Returns a Dataset over (condition, gene) with ``mean``, ``lower`` and ``upper``: the posterior mean and the central interval of
+    probability ``level``. Conditions carry the coordinates perturbation, media, time. Main arguments:
+
+    - ``scale``: "rate", the expected share of a gene in all counts; "counts", the expected count of a cell; "log1p",
+      E[log(1 + count)] under the law of the counts. Counts are averaged over the fitted law of the size factor in the condition.
+    - ``batch``: a name (or one per condition); "average" over the fitted batches; "new", a batch never seen; None, η = 0. Where
+      batches coincide with times or media, η may hold what they share, and None says so.
+    - ``interval``: "mean", of the population mean; "observed", of the mean over a sample of ``n_cells`` cells.
+
+    A perturbation, media or batch that the fit has never seen is refused. A time it has not seen is predicted with wider intervals.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, n_batches=1, seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False) 
+    >>> pb.predict(fit, screen.conditions[-1], n_draws=4).sizes 
+    Frozen({'condition': 1, 'gene': 10})
+    """
+    check_draws(n_draws)
+    _check_choices(scale, interval, level, n_cells)
+    protocols = _protocols(fit, conditions)
+    batches = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
+    if len(batches) != len(protocols):
+        raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
+    if None in batches:
+        _say_aliased(fit)
+    values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed)))
+    lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
+    data = {"mean": values.mean(0), "lower": lower, "upper": upper}
+    units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)"}
+    attrs = {"scale": scale, "units": units[scale], "interval": interval, "level": level, "n_draws": n_draws}
+    return labelled(fit, protocols, data, attrs | {"batch": ", ".join(dict.fromkeys(map(str, batches)))})
+
+
+def _check_choices(scale: str, interval: str, level: float, n_cells: int | None) -> None:
+    """Refuse words and numbers that predict does not know."""
+    if scale not in SCALES:
+        raise ValueError(f"Unknown scale {scale!r}. Use one of {', '.join(map(repr, SCALES))}.")
+    if interval not in ("mean", "observed"):
+        raise ValueError(f"Unknown interval {interval!r}. Use 'mean', or 'observed' with n_cells=.")
+    if (interval == "observed") != (n_cells is not None) or (n_cells is not None and n_cells < 1):
+        raise ValueError("interval='observed' goes with n_cells=, the number of cells (at least 1) whose mean is observed; 'mean' goes without.")
+    if not 0 < level < 1:
+        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+
+
+def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | Action] | None) -> list[Protocol]:
+    """Return protocols that the model knows; a bare wait before time 0 is already refused by `Wait`."""
+    if conditions is None:
+        return [Protocol.parse(text) for text in fit.trained_on["conditions"]]
+    several = [conditions] if isinstance(conditions, Protocol | Action) else list(conditions)
+    if not several:
+        raise ValueError("No condition to predict: give a protocol such as Knockout('NANOG') >> Wait(5).")
+    for one in several:
+        if not isinstance(one, Protocol | Action):
+            raise TypeError(f"A condition is a protocol such as Knockout('NANOG') >> Wait(5); got {one!r}.")
+    return [fit.model.vocabulary.protocol(p) for p in several]
+
+
+def _say_aliased(fit: "Fit") -> None:
+    """Say that η = 0 is not a neutral choice where batches coincide with a factor."""
+    with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f != "batch"})
+    if with_batch:
+        words = " and ".join([", ".join(with_batch), "batch"])
+        warnings.warn(
+            f"{words} are aliased in this screen: each batch holds one {with_batch[0]}, so what all cells of a {with_batch[0]} share cannot be told from "
+            "its batch effect, and the prediction at η = 0 may lack it. Name batch= to predict what that batch would show.",
+            AliasedWarning,
+            stacklevel=3,
+        )
+
+
+def _draws(
+    fit: "Fit", protocols: list[Protocol], batches: list[str | None], *, n_draws: int, scale: str, n_cells: int | None, seed: int
+) -> Iterator[Float[Tensor, "condition gene"]]:
+    """Yield each posterior draw's mean, with the noise of ``n_cells`` cells added where given."""
+    expectation = Expectation(fit, protocols, seed=seed)
+    names = [fit.model.vocabulary.batches if b == "average" else [b] for b in batches]
+    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
+        with seeded(seed, k, 2):
+            log_share, sites = expectation.log_shares(sites)
+            rows = [_mean([expectation.mean(log_share[c], sites, p, b, scale, n_cells) for b in names[c]]) for c, p in enumerate(protocols)]
+        yield torch.stack(rows).cpu()
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """Return the mean of tensors."""
+    return torch.stack(values).mean(0)
+
+
+class Expectation:
+    """Averages over cells at rest z₀ ~ Normal(0, I), by the same Sobol points for every condition and draw."""
+
+    def __init__(self, fit: "Fit", protocols: Sequence[Protocol], *, n_rest: int = N_REST, seed: int = 0) -> None:
+        """Encode the protocols and place the points."""
+        model = fit.model
+        self.fit, self.model, self.protocols = fit, model, list(protocols)
+        device = model.log_share.device
+        points = SobolEngine(model.n_latent + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
+        self.z = torch.special.ndtri(points[:, 1:]).to(device)
+        self.depth_rank = points[:, 0]
+        self.segments = [s.to(device) for s in model.vocabulary.encode(self.protocols)]
+        times = [p.time / model.vocabulary.time_scale for p in self.protocols]
+        known = set(model.condition_effect.nodes)
+        wanted = dict.fromkeys(Node(t, s) for p, s in zip(self.protocols, times, strict=True) for t in terms(p))
+        self.extra = [n for n in wanted if n not in known]
+        self.rows = model.condition_effect.rows(self.protocols, times, self.extra).to(device)
+
+    @torch.no_grad()
+    def log_shares(self, sites: Sites) -> tuple[Float[Tensor, "condition rest gene"], Sites]:
+        """Return the log share of each gene in each condition and rest state, and the sites with effects of unseen nodes."""
+        if self.extra:
+            more = self.model.condition_effect.extended(sites, self.extra)
+            sites = sites | {"condition_effect": torch.cat([sites["condition_effect"], more])}
+        n = len(self.protocols)
+        z = self.z[:, None].expand(-1, n, -1)
+        state = self.model.transition(z, self.segments, self.model.pushes(sites))
+        return self.model.log_shares(sites, state, self.rows).transpose(0, 1), sites
+
+    @torch.no_grad()
+    def mean(
+        self, log_share: Float[Tensor, "rest gene"], sites: Sites, protocol: Protocol, batch: str | None, scale: str, n_cells: int | None
+    ) -> Float[Tensor, " gene"]:
+        """Return the mean over cells of one condition in one batch, with the noise of a sample of cells where asked."""
+        log_rate = log_share + self._eta(sites, batch)
+        depth = self._log_depth(protocol, None if batch == "new" else batch)
+        law = self.model.law(sites, log_rate + depth[:, None])
+        mean = {"rate": lambda: log_rate.exp(), "counts": lambda: law.mean, "log1p": lambda: interpolated_log1p(law)}[scale]().mean(0)
+        if n_cells is None:
+            return mean
+        counts = law.sample()
+        seen = {"rate": counts / depth.exp()[:, None], "counts": counts, "log1p": counts.log1p()}[scale]
+        return mean + torch.randn_like(mean) * (seen.var(0) / n_cells).sqrt()
+
+    def _eta(self, sites: Sites, batch: str | None) -> Float[Tensor, " gene"]:
+        """Return the batch effect of a name, of a new batch, or none."""
+        if batch is None:
+            return torch.zeros_like(self.model.log_share)
+        if batch == "new":
+            return self.model.batch_effect.new(sites["batch_scale"]) if "batch_scale" in sites else torch.zeros_like(self.model.log_share)
+        return sites["batch_effect"][self.model.vocabulary.batch_code(batch)]
+
+    def _log_depth(self, protocol: Protocol, batch: str | None) -> Float[Tensor, " rest"]:
+        """Return the log depth that goes with each rest state."""
+        quantiles = self.fit.depth.quantiles(protocol, batch)
+        chosen = quantiles[(self.depth_rank * len(quantiles)).long().clamp(max=len(quantiles) - 1)]
+        return chosen.to(self.model.log_depth) + self.model.log_depth
+
+
+def interpolated_log1p(law: CountLaw) -> Float[Tensor, "rest gene"]:
+    """Return E[log(1 + x)] of many rates that share each gene's dispersion and gate, from a table over the log rate.
+
+    The table has a step of 0.05 or finer; the second derivative is at most about 0.25, so linear interpolation errs by less than 1e-4.
+    """
+    low, high = law.log_rate.min() - 0.1, law.log_rate.max() + 0.1
+    n = max(2, int((high - low) / 0.05) + 2)
+    grid = torch.linspace(float(low), float(high), n).to(law.log_rate)
+    table = CountLaw(grid[:, None].expand(-1, law.log_rate.shape[-1]), law.dispersion, law.gate).mean_log1p()
+    place = (law.log_rate - low) / (high - low) * (n - 1)
+    left = place.floor().long().clamp(0, n - 2)
+    part = place - left
+    return table.gather(0, left) * (1 - part) + table.gather(0, left + 1) * part
+
+
+def labelled(fit: "Fit", protocols: Sequence[Protocol], data: dict[str, Tensor], attrs: dict[str, object]) -> xr.Dataset:
+    """Put names on tensors of shape (condition, gene) or (condition,)."""
+    names = fit.model.vocabulary
+    unit = {"units": names.time_unit} if names.time_unit else {}
+    coords = {
+        "condition": [str(p) for p in protocols],
+        "gene": list(names.genes),
+        "perturbation": ("condition", [p.perturbation for p in protocols]),
+        "media": ("condition", [p.media or names.baseline or "baseline" for p in protocols]),
+        "time": ("condition", [p.time for p in protocols], unit),
+    }
+    dims = {name: ("condition", "gene")[: value.ndim] for name, value in data.items()}
+    arrays = {name: (dims[name], np.asarray(value.cpu() if isinstance(value, Tensor) else value)) for name, value in data.items()}
+    return xr.Dataset(arrays, coords, attrs)

@@ -1,0 +1,152 @@
+"""Does the model make data like the data? Observed statistics beside those of replicated screens."""
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from perturbprob.inference.draws import check_draws, global_draws, seeded
+from perturbprob.model.cells import Cells, CellTable
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.inference.draws import Sites
+    from perturbprob.inference.fit import Fit
+
+STATISTICS = ("mean", "variance", "zero_fraction")
+LARGE = 2e9
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PredictiveCheck:
+    """Observed against replicated, for all cells (``gene``), per condition and per batch.
+
+    Each Dataset holds ``observed``, ``replicated`` (mean over draws), ``replicated_sd`` and ``tail_probability`` over (statistic, [group,] gene), and the
+    same with the suffix ``_depth`` over (depth_statistic, [group]) for the mean and standard deviation of the cells' depth. ``tail_probability`` is the share of
+    draws whose replicate is above the observed value, ties half: near 0 or 1 the model does not make such data.
+    """
+
+    gene: xr.Dataset
+    condition: xr.Dataset
+    batch: xr.Dataset
+    n_draws: int
+
+    def summary(self) -> str:
+        """Say in a few lines where replicates and data differ."""
+        lines = [f"Posterior predictive check, {self.n_draws} replicated screens."]
+        for statistic in STATISTICS:
+            part = self.gene.sel(statistic=statistic)
+            lines.append(f"  {statistic:13s} over genes: observed {float(part.observed.mean()):.4g}, replicated {float(part.replicated.mean()):.4g}")
+        for name, table in (("condition", self.condition), ("batch", self.batch)):
+            outside = ((table.tail_probability.sel(statistic="mean") < 0.05) | (table.tail_probability.sel(statistic="mean") > 0.95)).mean()
+            lines.append(f"  means per {name} and gene outside the central 90 % of replicates: {100 * float(outside):.0f} % (10 % expected)")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """Return the summary."""
+        return self.summary()
+
+
+@torch.no_grad()
+def predictive_check(fit: "Fit", screen: "Screen", *, n_draws: int = 50, minibatch: int = 1024, seed: int = 0, progress: bool = True) -> PredictiveCheck:
+    """Replicate a screen from the posterior and compare statistics, without ever holding cells × genes × draws.
+
+    Every cell is replicated from rest: z₀ is drawn from its prior, so what is checked is the model's own story of the cell's
+    condition, batch and size factor, not its memory of the cell. Means, variances and zero fractions per gene, and the depth of
+    cells, are compared over all cells, per condition and per batch.
+    """
+    check_draws(n_draws)
+    table, groups = CellTable(fit.model, screen), _Groups(screen)
+    needed = 8.0 * 12 * groups.n_pairs * screen.n_genes
+    if needed > LARGE:
+        warnings.warn(f"The check will hold {needed / 1e9:.1f} GB of statistics ({groups.n_pairs} condition-batch pairs). Check fewer genes.", stacklevel=2)
+    observed = groups.levels(sum(groups.sums(cells.counts, start) for start, cells in _numbered(table, minibatch)))
+    running = {level: _Running(value) for level, value in observed.items()}
+    draws = enumerate(global_draws(fit.model, fit.guide, n_draws, seed))
+    for k, draw in tqdm(draws, total=n_draws, desc="check", unit="draw", disable=not progress, leave=False):
+        with seeded(seed, k, 3):
+            sites = table.sites(draw)
+            total = sum(groups.sums(_replicate(fit, sites, cells), start) for start, cells in _numbered(table, minibatch))
+        for level, value in groups.levels(total).items():
+            running[level].add(value)
+    named = {level: running[level].dataset(screen, level) for level in running}
+    return PredictiveCheck(gene=named["all"], condition=named["condition"], batch=named["batch"], n_draws=n_draws)
+
+
+def _numbered(table: CellTable, minibatch: int) -> list[tuple[int, Cells]]:
+    """Return a lazy iterator over minibatches and the number of their first cell."""
+    return ((start * minibatch, cells) for start, cells in enumerate(table.minibatches(minibatch)))
+
+
+def _replicate(fit: "Fit", sites: "Sites", cells: Cells) -> Float[Tensor, "cell gene"]:
+    """Draw new counts for cells, from rest."""
+    z = fit.model.at_rest(len(cells)).sample()
+    return fit.model.measured(sites, fit.model.moved(sites, z, cells), cells).sample()
+
+
+class _Groups:
+    """Sums of counts over the cells of each condition in each batch."""
+
+    def __init__(self, screen: "Screen") -> None:
+        """Number the condition-batch pairs that occur."""
+        pairs, code = np.unique(screen.condition * len(screen.batches) + screen.batch, return_inverse=True)
+        self.n_pairs, self.code = len(pairs), torch.as_tensor(code)
+        self.of = {"all": np.zeros(len(pairs), int), "condition": pairs // len(screen.batches), "batch": pairs % len(screen.batches)}
+        self.cells = torch.bincount(self.code).double()
+
+    def sums(self, counts: Float[Tensor, "cell gene"], start: int) -> Float[Tensor, "pair column"]:
+        """Return, per pair, the sums of x, x² and [x = 0] of every gene, then of depth and depth²."""
+        x = counts.double().cpu()
+        depth = x.sum(1, keepdim=True)
+        values = torch.cat([x, x.square(), (x == 0).double(), depth, depth.square()], 1)
+        return values.new_zeros(self.n_pairs, values.shape[1]).index_add_(0, self.code[start : start + len(x)], values)
+
+    def levels(self, sums: Float[Tensor, "pair column"]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return statistics (statistic, group, gene) and of depth (statistic, group), over all cells, per condition and per batch."""
+        return {level: self._statistics(sums, torch.as_tensor(of)) for level, of in self.of.items()}
+
+    def _statistics(self, sums: Float[Tensor, "pair column"], of: Int[Tensor, " pair"]) -> tuple[Tensor, Tensor]:
+        """Add pairs up to groups and turn sums into statistics."""
+        n_groups = int(of.max()) + 1
+        cells = torch.zeros(n_groups, dtype=torch.double).index_add_(0, of, self.cells)[:, None]
+        mean = sums.new_zeros(n_groups, sums.shape[1]).index_add_(0, of, sums) / cells
+        first, second, zero = mean[:, :-2].chunk(3, 1)
+        depth_sd = (mean[:, -1] - mean[:, -2].square()).clamp(min=0).sqrt()
+        return torch.stack([first, second - first.square(), zero]), torch.stack([mean[:, -2], depth_sd])
+
+
+class _Running:
+    """Mean, variance and tail of replicated statistics, draw by draw."""
+
+    def __init__(self, observed: tuple[Tensor, Tensor]) -> None:
+        """Start from the observed statistics."""
+        self.observed, self.n = observed, 0
+        self.mean, self.squares, self.above = ([torch.zeros_like(o) for o in observed] for _ in range(3))
+
+    def add(self, values: tuple[Tensor, Tensor]) -> None:
+        """Take in one draw (Welford's update)."""
+        self.n += 1
+        for k, (value, observed) in enumerate(zip(values, self.observed, strict=True)):
+            step = value - self.mean[k]
+            self.mean[k] += step / self.n
+            self.squares[k] += step * (value - self.mean[k])
+            self.above[k] += (value > observed).double() + 0.5 * (value == observed)
+
+    def dataset(self, screen: "Screen", level: str) -> xr.Dataset:
+        """Name the result; the group axis of all cells together is dropped."""
+        group = {"all": ["all"], "condition": [str(p) for p in screen.conditions], "batch": list(screen.batches)}[level]
+        coords = {"statistic": list(STATISTICS), "depth_statistic": ["mean", "sd"], "gene": list(screen.genes), level: group}
+        arrays = {}
+        for k, (suffix, dims) in enumerate((("", ("statistic", level, "gene")), ("_depth", ("depth_statistic", level)))):
+            sd = (self.squares[k] / max(1, self.n - 1)).sqrt()
+            values = {"observed": self.observed[k], "replicated": self.mean[k], "replicated_sd": sd, "tail_probability": self.above[k] / self.n}
+            arrays |= {f"{name}{suffix}": (dims, value.numpy()) for name, value in values.items()}
+        result = xr.Dataset(arrays, coords)
+        return result.sel(all="all", drop=True) if level == "all" else result
