@@ -12,7 +12,14 @@ LEFT_OF = {
     "measurement": {"experiment"},
     "model": {"experiment", "dynamics", "measurement"},
 }
-for room, left in [("inference", "model"), ("studies", "inference"), ("plots", "studies"), ("report", "plots"), ("cli", "report")]:
+for room, left in [
+    ("inference", "model"),
+    ("studies", "inference"),
+    ("plots", "studies"),
+    ("report", "plots"),
+    ("demo", "report"),
+    ("cli", "demo"),
+]:
     LEFT_OF[room] = LEFT_OF[left] | {left}
 
 # A fit hands over its own report: `fit.report("report.html")` is what a user looks for, and the report draws with plots.

@@ -189,6 +189,10 @@ def test_size_factors_that_are_not_positive_and_finite(value):
     refuse(r"size_factor must be positive and finite: 1 cell \(c1\)", make(), size_factor=[1.0, value, 1.0, 1.0])
 
 
+def test_size_factors_that_are_no_numbers():
+    refuse("size_factor must be positive and finite: 4 cells .* such as nan", make(), size_factor="media")
+
+
 def test_size_factors_of_other_cells():
     refuse(r"shape \(2,\); it needs one number for each of the 4 cells", make(), size_factor=[1.0, 2.0])
     refuse("positive and finite: 2 cells", make(), size_factor=pd.Series(1.0, index=["c0", "c1", "d2", "d3"]))

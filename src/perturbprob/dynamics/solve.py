@@ -13,8 +13,8 @@ Slope = Callable[[Float[Tensor, ""], Float[Tensor, "*plate state"]], Float[Tenso
 class SolverError(RuntimeError):
     """The state could not be solved to the tolerance. ``cell`` is the row of the worst cell, ``error`` its error."""
 
-    def __init__(self, message: str, cell: int, error: float) -> None:
-        """Keep the worst cell beside the message."""
+    def __init__(self, message: str, cell: int = -1, error: float = float("nan")) -> None:
+        """Keep the worst cell beside the message; Pyro raises it again with the message alone."""
         super().__init__(message)
         self.cell, self.error = cell, error
 
@@ -43,7 +43,7 @@ class Solver:
 
     ``method`` is "rk4", our own fixed steps, or any method of torchdiffeq ("dopri5", ...). With "rk4" every
     ``check_every``-th solve of a training run, and every solve without gradients, is repeated with doubled steps: where
-    the two differ by more than ``tolerance`` times (1 + |state|), the number of steps is doubled for good, up to
+    the two differ by more than ``tolerance`` times (1 + abs(state)), the number of steps is doubled for good, up to
     ``max_steps``, and beyond that `SolverError` names the worst cell.
     """
 

@@ -95,7 +95,7 @@ class Layout:
         """Count cells, conditions and levels."""
         n = self._levels.nunique()
         control = int(self._is_control.any())
-        perturbations = f"{n['perturbation'] - control:,} and {'control' if control else 'no control'}"
+        perturbations = f"{n['perturbation'] - control:,} {'and' if control else 'without'} control"
         return (
             f"cells: {self.cells.to_numpy().sum():,}; conditions: {len(self.cells):,} (perturbations: {perturbations}; "
             f"media: {n['media']:,}; times: {n['time']:,}); batches: {n['batch']:,}"

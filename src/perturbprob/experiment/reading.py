@@ -244,9 +244,9 @@ def read_size_factor(adata: AnnData, size_factor: str | ArrayLike | None, depth:
         return depth / np.median(depth)
     if isinstance(values, pd.Series):
         values = values.reindex(adata.obs_names)
-    factor = np.array(values, dtype=np.float64)
-    if factor.shape != depth.shape:
-        raise ValueError(f"size_factor has shape {factor.shape}; it needs one number for each of the {len(depth):,} cells.")
+    if np.shape(values) != depth.shape:
+        raise ValueError(f"size_factor has shape {np.shape(values)}; it needs one number for each of the {len(depth):,} cells.")
+    factor = np.array(pd.to_numeric(np.asarray(values), errors="coerce"), dtype=np.float64)
     wrong = ~(np.isfinite(factor) & (factor > 0))
     if wrong.any():
         example = f"{some(adata.obs_names[wrong], 'cell')} with another, such as {factor[wrong][0]:g}"

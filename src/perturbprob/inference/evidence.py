@@ -27,12 +27,14 @@ def log_evidence(model: CellModel, guide: Guide, screen: "Screen") -> dict[str, 
     posterior variance. An effect that the cells do not ask for has ê near 0 and s_j near v_j, and brings nothing.
     """
     sites, names = centre(model, guide), [p.perturbation if p.perturbations else "" for p in screen.conditions]
-    cells_of = torch.tensor([names[c] != "" for c in screen.condition]).nonzero()[:, 0]
+    perturbed = torch.tensor([names[c] != "" for c in screen.condition]).nonzero()[:, 0]
+    if not len(perturbed):
+        return {}
     own, none = CellTable(model, screen), CellTable(model, screen, [p.unperturbed() for p in screen.conditions])
     # a control beside a perturbed cell may not have been measured: its media's effect is then what the model expects
     here, there = own.sites(sites), none.sites(sites)
     gain = dict.fromkeys(sorted({n for n in names if n}), 0.0)
-    for number, index in enumerate(cells_of.split(512)):
+    for number, index in enumerate(perturbed.split(512)):
         with_effect = importance(model, guide, here, own.cells(index), PARTICLES, seed=number)
         without = importance(model, guide, there, none.cells(index), PARTICLES, seed=number)
         for name, value in zip((names[c] for c in screen.condition[index.numpy()]), (with_effect - without).tolist(), strict=True):
@@ -62,7 +64,7 @@ def _price(model: CellModel, guide: Guide, sites: Sites) -> dict[str, float]:
     effect = model.condition_effect
     price |= {repr(t): 0.0 for t in effect.terms}
     if effect.nodes:
-        law = effect.law(*(sites[f"condition_{n}"] for n in ("scale", "gene_scale", "memory")))
+        law = effect.law(sites)
         value = sites["condition_effect"]
         paid = _paid(value - law.expected(value), guide.condition_log_scale.exp().square(), law.innovation.square())
         for node, v in zip(effect.nodes, paid.sum(-1), strict=True):

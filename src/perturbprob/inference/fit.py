@@ -15,6 +15,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.screen import Screen
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.evidence import log_evidence
@@ -89,7 +90,7 @@ def fit(
     screen: Screen,
     *,
     epochs: int = 100,
-    minibatch: int = 256,
+    minibatch: int | None = None,
     learning_rate: float = 4e-3,
     validation: float = 0.1,
     patience: int = 20,
@@ -99,12 +100,14 @@ def fit(
 ) -> Fit:
     """Fit the posterior of a model by stochastic variational inference.
 
-    Main arguments: ``epochs`` passes over the cells in minibatches of ``minibatch`` cells, Adam with a learning rate that falls
+    Main arguments: ``epochs`` passes over the cells in minibatches of ``minibatch`` cells (default: a fiftieth of them, at least
+    32 and at most 256), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
     is kept). Over the first ``warmup`` epochs the weight of each cell's KL term rises to 1. ``seed`` fixes the start of the guide, the order of the cells and all draws; the user's own random state is left alone.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
+    minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
     _check_arguments(model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation)
     settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": warmup}
@@ -112,6 +115,9 @@ def fit(
         pyro_state = pyro.util.get_rng_state()
         try:
             return _Training(copy.deepcopy(model), screen, settings, seed).run(progress)
+        except SolverError as error:
+            # Pyro raises errors again with its own trace behind the message
+            raise SolverError(str(error).split("\n")[0]) from None
         finally:
             pyro.util.set_rng_state(pyro_state)
 
@@ -174,7 +180,7 @@ class _Training:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
             if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise NonFiniteLoss(self._blame(cells, index), self._fit())
+                raise NonFiniteLoss(self._blame(cells, index), self._fit(finished=False))
             optimiser.step()
             self.step, total, n_steps = self.step + 1, total + float(loss.detach()), n_steps + 1
         return total / n_steps
@@ -225,7 +231,7 @@ class _Training:
             "in error.fit. Look at these cells' counts and size factors, or lower learning_rate."
         )
 
-    def _fit(self) -> Fit:
+    def _fit(self, *, finished: bool = True) -> Fit:
         """Put the result together."""
         self.elbo.eval().requires_grad_(False)
         return Fit(
@@ -236,7 +242,7 @@ class _Training:
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),
             depth=DepthLaw.of(self.screen),
-            evidence=log_evidence(self.model, self.guide, self.screen),
+            evidence=log_evidence(self.model, self.guide, self.screen) if finished else {},
             versions={name: version(name) for name in ("torch", "pyro-ppl", "numpy")} | {"python": platform.python_version()},
         )
 

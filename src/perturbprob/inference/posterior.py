@@ -28,6 +28,7 @@ DIMS: dict[str, tuple[str, ...]] = {
     "media_effect": ("media", "latent"),
     "condition_scale": ("term",),
     "condition_gene_scale": ("gene",),
+    "condition_local_scale": ("term", "gene"),
     "condition_memory": (),
     "condition_effect": ("node", "gene"),
 }
@@ -45,7 +46,7 @@ def posterior(fit: "Fit", n_draws: int = 200, *, seed: int = 0) -> "InferenceDat
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
     >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
-    >>> pb.posterior(fit, n_draws=5).posterior["batch_effect"].sel(batch="batch_1").dims
+    >>> pb.posterior(fit, n_draws=5).posterior["batch_effect"].sel(batch="batch1").dims
     ('chain', 'draw', 'gene')
     """
     check_draws(n_draws)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import pyro
 import pyro.distributions as dist
@@ -28,7 +28,7 @@ class CountLaw(TorchDistribution):
     0.0658
     """
 
-    arg_constraints = {"log_rate": constraints.real, "dispersion": constraints.positive, "gate": constraints.unit_interval}
+    arg_constraints: ClassVar[dict[str, Any]] = {"log_rate": constraints.real, "dispersion": constraints.positive, "gate": constraints.unit_interval}
     support = constraints.nonnegative_integer
 
     def __init__(
@@ -62,7 +62,7 @@ class CountLaw(TorchDistribution):
             return rate + rate.square() * extra
         return (1 - self.gate) * (rate + rate.square() * (extra + self.gate))
 
-    def log_prob(self, value: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+    def log_prob(self, value: Float[Tensor, "... gene"]) -> Float[Tensor, "... gene"]:
         """Log-probability of each count."""
         log_prob = self._ungated(value)
         if self.gate is None:
@@ -70,7 +70,7 @@ class CountLaw(TorchDistribution):
         log_gate, log_open = self.gate.log(), torch.log1p(-self.gate)
         return torch.where(value == 0, torch.logaddexp(log_gate, log_open + log_prob), log_open + log_prob)
 
-    def _ungated(self, value: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+    def _ungated(self, value: Float[Tensor, "... gene"]) -> Float[Tensor, "... gene"]:
         """Log-probability without the gate."""
         if self.dispersion is None:
             return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
@@ -113,7 +113,7 @@ class CountLaw(TorchDistribution):
         return -torch.expm1(-self.dispersion * torch.log1p(rate / self.dispersion))
 
 
-def rising_log_factorial(theta: Float[Tensor, "*#plate gene"], value: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+def rising_log_factorial(theta: Float[Tensor, "... gene"], value: Float[Tensor, "... gene"]) -> Float[Tensor, "... gene"]:
     """Return log Γ(x + θ) − log Γ(θ), without the cancellation that large θ brings in float32."""
     large = theta > 30.0
     small_theta = torch.where(large, torch.ones_like(theta), theta)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from perturbprob.dynamics.solve import SolverError
 from perturbprob.dynamics.transition import CellState, Effects, Transition
 from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.batch_effect import BatchEffect
@@ -84,7 +85,19 @@ class CellModel(PyroModule):
 
     def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], cells: Cells) -> CellState:
         """Carry cells at rest through their protocols."""
-        return self.transition(z, cells.protocol, self.pushes(sites))
+        try:
+            return self.transition(z, cells.protocol, self.pushes(sites))
+        except SolverError as error:
+            raise SolverError(f"{error} Worst: {self._described(cells, error.cell)}. Lower learning_rate, or give a smoother field.", error.cell) from None
+
+    def _described(self, cells: Cells, cell: int) -> str:
+        """Say what was done to a cell, and over which span it was solved."""
+        names, steps = self.vocabulary, []
+        for segment in cells.protocol:
+            done = [repr(p) for p, there in zip(names.perturbations, segment.perturbation[cell], strict=True) if there]
+            done += [f"Media({m!r})" for m, there in zip(names.media, segment.media[cell], strict=True) if there]
+            steps += [*done, f"Wait({float(segment.wait[cell]) * names.time_scale:g})"]
+        return " >> ".join(steps)
 
     def pushes(self, sites: dict[str, Tensor]) -> Effects:
         """Return what perturbations and media add to the push, in the words of the transition."""

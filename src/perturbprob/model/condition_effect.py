@@ -88,9 +88,10 @@ class ConditionEffect(PyroModule):
     """The effect r of each condition on each gene's log rate that the low-dimensional dynamics does not carry.
 
     The effect of a condition is the sum over its `terms`; each term is a path in time that starts at rest,
-    r_term(t) ~ OU(0 at t = 0, scale_term · scale_gene, memory), log scale_term ~ Normal(log 0.1, 1), log scale_gene ~ Normal(0, 0.5),
-    log memory ~ Normal(0, 0.5) in median waits. What is not needed shrinks to 0; at a time between or beyond those measured the
-    path is conditioned on its neighbours, so intervals widen by themselves.
+    r_term(t) ~ OU(0 at t = 0, scale_term · scale_gene · local_term,gene, memory), log scale_term ~ Normal(log 0.05, 1),
+    log scale_gene ~ Normal(0, 0.5), log local ~ Normal(0, 1), log memory ~ Normal(0, 0.5) in median waits. What is not needed shrinks to 0,
+    and the local scale lets the few genes that a perturbation really moves go free; at a time between or beyond those
+    measured the path is conditioned on its neighbours, so intervals widen by themselves.
     """
 
     def __init__(self, nodes: Sequence[Node], n_genes: int) -> None:
@@ -115,14 +116,17 @@ class ConditionEffect(PyroModule):
         if not self.nodes:
             return self.gap.new_zeros(0, self.n_genes)
         zero, genes = self.gap.new_zeros(len(self.terms)), self.gap.new_zeros(self.n_genes)
-        scale = pyro.sample("condition_scale", dist.LogNormal(zero - 2.3, 1.0).to_event(1))
+        scale = pyro.sample("condition_scale", dist.LogNormal(zero - 3.0, 1.0).to_event(1))
         gene_scale = pyro.sample("condition_gene_scale", dist.LogNormal(genes, 0.5).to_event(1))
         memory = pyro.sample("condition_memory", dist.LogNormal(self.gap.new_tensor(0.0), 0.5))
-        return pyro.sample("condition_effect", self.law(scale, gene_scale, memory))
+        local = pyro.sample("condition_local_scale", dist.LogNormal(zero[:, None] + genes, 1.0).to_event(2))
+        sites = {"condition_scale": scale, "condition_gene_scale": gene_scale, "condition_local_scale": local, "condition_memory": memory}
+        return pyro.sample("condition_effect", self.law(sites))
 
-    def law(self, scale: Float[Tensor, " term"], gene_scale: Float[Tensor, " gene"], memory: Tensor) -> FromRest:
-        """Return the prior of all paths."""
-        return FromRest(scale[self.term, None] * gene_scale, self.gap, memory, self.previous, self.depth)
+    def law(self, sites: dict[str, Tensor]) -> FromRest:
+        """Return the prior of all paths given their scales and memory."""
+        scale = sites["condition_scale"][:, None] * sites["condition_gene_scale"] * sites["condition_local_scale"]
+        return FromRest(scale[self.term], self.gap, sites["condition_memory"], self.previous, self.depth)
 
     def rows(self, protocols: Sequence[Protocol], times: Sequence[float], extra: Sequence[Node] = ()) -> Int[Tensor, "condition part"]:
         """Return which nodes add up to each condition, ``extra`` nodes behind the model's own; padded with the number of all."""
@@ -151,7 +155,9 @@ class ConditionEffect(PyroModule):
         if "condition_scale" not in sites:
             return self.gap.new_zeros(len(times), self.n_genes)
         scales = sites["condition_scale"]
-        scale = (scales[self.terms.index(term)] if own else scales.median()) * sites["condition_gene_scale"]
+        number = self.terms.index(term) if own else -1
+        local = sites["condition_local_scale"][number] if own else torch.randn(self.n_genes).to(scales).exp()
+        scale = (scales[number] if own else scales.median()) * sites["condition_gene_scale"] * local
         at = torch.tensor([*(self.nodes[k].time for k in own), *times], dtype=torch.float64)
         memory, n = sites["condition_memory"].double().cpu(), len(own)
         kernel = torch.exp(-(at[:, None] - at).abs() / memory) - torch.exp(-(at[:, None] + at) / memory)

@@ -1,0 +1,58 @@
+"""Effects: fold changes with intervals, hits with a stated share of false discoveries."""
+
+import numpy as np
+import pytest
+
+import perturbprob as pb
+from perturbprob.experiment.simulate import Simulation
+
+
+@pytest.fixture(scope="module")
+def hits(fit: pb.Fit) -> object:
+    """Effects against control."""
+    return pb.effects(fit, n_draws=60)
+
+
+def test_answers_are_labelled(hits: object, screen: pb.Screen) -> None:
+    assert hits["log_fold_change"].dims == ("condition", "gene")
+    assert "control" not in hits["perturbation"].values
+    assert list(hits["tested_perturbation"].values) == list(screen.perturbations)
+    assert (hits["lower"] <= hits["log_fold_change"]).mean() > 0.95
+    assert float(hits["local_false_sign_rate"].min()) >= 0
+    assert float(hits["local_false_sign_rate"].max()) <= 1
+
+
+def test_fold_changes_are_those_of_the_simulation(hits: object, simulation: Simulation) -> None:
+    truth = simulation.truth["log_fold_change"].sel(condition=hits["condition"].values).values
+    assert np.corrcoef(truth.ravel(), hits["log_fold_change"].values.ravel())[0, 1] > 0.6
+
+
+def test_active_perturbations_are_hits_and_idle_ones_are_not(hits: object, simulation: Simulation) -> None:
+    for name in hits["tested_perturbation"].values:
+        assert bool(hits["hit"].sel(tested_perturbation=name)) == bool(simulation.truth["active"].sel(target=name))
+
+
+def test_false_discovery_share_is_the_mean_doubt_down_the_list(hits: object) -> None:
+    order = np.argsort(-hits["log_evidence"].values)
+    doubt = 1 - hits["probability"].values[order]
+    assert np.allclose(hits["false_discovery_share"].values[order], np.cumsum(doubt) / np.arange(1, 4))
+
+
+def test_against_another_perturbation_is_the_difference(fit: pb.Fit, hits: object, screen: pb.Screen) -> None:
+    first, second = screen.perturbations[:2]
+    between = pb.effects(fit, against=second, n_draws=60)
+    condition = next(str(p) for p in screen.conditions if p.perturbation == first)
+    partner = condition.replace(first, second)
+    difference = hits["log_fold_change"].sel(condition=condition) - hits["log_fold_change"].sel(condition=partner).values
+    assert np.allclose(between["log_fold_change"].sel(condition=condition), difference, atol=1e-5)
+    assert "hit" not in between
+
+
+def test_an_unknown_partner_is_refused(fit: pb.Fit) -> None:
+    with pytest.raises(ValueError, match="No fitted condition has the perturbation 'nothing'"):
+        pb.effects(fit, against="nothing")
+
+
+def test_probabilities_are_probabilities(fit: pb.Fit) -> None:
+    with pytest.raises(ValueError, match="probabilities between 0 and 1"):
+        pb.effects(fit, level=2.0)

@@ -1,0 +1,148 @@
+"""The training loop: reproducible, careful of the user's things, and clear when it fails."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import perturbprob as pb
+from perturbprob.dynamics import SolverError
+
+SETTINGS = {"epochs": 2, "warmup": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def small(screen: pb.Screen) -> pb.Screen:
+    """Two hundred cells."""
+    return screen[:200]
+
+
+def parameters(fit: pb.Fit) -> torch.Tensor:
+    """All parameters of a fit in one vector."""
+    return torch.cat([p.flatten() for module in (fit.model, fit.guide) for p in module.parameters()])
+
+
+def test_same_seed_same_fit_and_other_seed_another(small: pb.Screen) -> None:
+    first, second, other = (pb.fit(pb.node(small, 2), small, seed=seed, **SETTINGS) for seed in (1, 1, 2))
+    assert first.losses == second.losses
+    assert torch.equal(parameters(first), parameters(second))
+    assert not torch.equal(parameters(first), parameters(other))
+
+
+def test_the_users_random_state_and_model_are_left_alone(small: pb.Screen) -> None:
+    model = pb.node(small, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    fit = pb.fit(model, small, **SETTINGS)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(before["decoder.network.0.weight"], fit.model.decoder.network[0].weight)
+
+
+FRESH = """
+import warnings; warnings.simplefilter("ignore")
+import torch, perturbprob as pb
+torch.set_num_threads({threads})
+one, two = (pb.simulate(n_cells=200, n_genes=12, n_perturbations=3, n_batches=2, seed=s).screen for s in (1, 2))
+if {both}:
+    pb.fit(pb.node(one, 2), one, epochs=2, progress=False)
+fit = pb.fit(pb.node(two, 3), two, epochs=2, progress=False)
+print(fit.losses, float(sum(p.double().abs().sum() for m in (fit.model, fit.guide) for p in m.parameters())))
+"""
+
+
+def test_a_second_model_in_one_process_fits_as_in_a_fresh_one() -> None:
+    runs = [[sys.executable, "-c", FRESH.format(both=both, threads=1)] for both in (True, False)]
+    second, fresh = (subprocess.run(r, capture_output=True, text=True, check=True).stdout for r in runs)
+    assert second == fresh
+    assert "nan" not in fresh
+
+
+def test_the_loss_falls_and_the_report_says_so(fit: pb.Fit) -> None:
+    assert fit.losses["validation"][-1] < fit.losses["validation"][0]
+    assert "Verdict:" in fit.report()
+    assert "Held-out cells:" in fit.report()
+    assert "600 cells × 12 genes" in repr(fit)
+
+
+def test_the_best_epoch_is_kept(small: pb.Screen) -> None:
+    fit = pb.fit(pb.node(small, 2), small, epochs=6, warmup=1, learning_rate=0.05, progress=False)
+    assert fit.settings["best_epoch"] == int(np.argmin(fit.losses["validation"]))
+
+
+def test_patience_ends_the_training(small: pb.Screen) -> None:
+    fit = pb.fit(pb.node(small, 2), small, epochs=60, warmup=1, learning_rate=0.05, patience=2, progress=False)
+    assert len(fit.losses["train"]) < 60
+    assert len(fit.losses["train"]) - 1 - fit.settings["best_epoch"] == 2
+
+
+def test_no_validation_cells_keeps_the_last_epoch(small: pb.Screen) -> None:
+    fit = pb.fit(pb.node(small, 2), small, validation=0.0, **SETTINGS)
+    assert fit.losses["validation"] == []
+    assert fit.settings["best_epoch"] == 1
+
+
+def test_it_knows_what_it_was_trained_on(fit: pb.Fit, screen: pb.Screen) -> None:
+    assert fit.trained_on["cells"] == list(screen.cells)
+    assert set(fit.trained_on["conditions"]) == set(map(repr, screen.conditions))
+    total = sum(n for row in fit.trained_on["conditions"].values() for n in row.values())
+    assert total == screen.n_cells
+
+
+def test_a_loss_that_is_not_finite_names_step_site_batch_and_cells(small: pb.Screen) -> None:
+    spoilt = small.counts.copy()
+    spoilt.data[spoilt.indptr[7]] = 1e38
+    gene = small.genes[spoilt.indices[spoilt.indptr[7]]]
+    message = rf"not finite at step \d+ \(site .*counts.*; batch batch\d; worst cells {small.cells[7]}; genes {gene}\)"
+    with pytest.raises(pb.NonFiniteLoss, match=message) as caught:
+        pb.fit(pb.node(small, 2), replace(small, counts=spoilt), validation=0.0, **SETTINGS)
+    assert torch.isfinite(parameters(caught.value.fit)).all()
+
+
+def test_one_condition_is_a_screen_and_fit_says_what_it_cannot_teach(small: pb.Screen) -> None:
+    one = small[small.cells_of(small.conditions[0])]
+    with pytest.warns(UserWarning, match="no effect of a perturbation, media or time"):
+        fit = pb.fit(pb.node(one, 2), one, **SETTINGS)
+    assert np.isfinite(fit.losses["train"]).all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, "epochs must be between 1"),
+        ({"minibatch": 0}, "minibatch must be between 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be between 0"),
+        ({"validation": 1.0}, r"validation must be between 0 and 0\.9"),
+    ],
+)
+def test_settings_that_cannot_work(small: pb.Screen, setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pb.fit(pb.node(small, 2), small, **(SETTINGS | setting))
+
+
+def test_absent_factors(small: pb.Screen) -> None:
+    """A media-only and a time-only screen fit and predict."""
+    adata = pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, media=("rest", "drug"), seed=2).adata
+    adata = adata[adata.obs.perturbation == "control"].copy()
+    for columns in ({"media": "media", "baseline": "rest"}, {"time": "time"}):
+        screen = pb.Screen.from_anndata(adata, perturbation=None, batch="batch", **columns)
+        fit = pb.fit(pb.node(screen, 2), screen, **SETTINGS)
+        assert np.isfinite(pb.predict(fit, n_draws=2, batch="average")["mean"]).all()
+
+
+class Explosive(torch.nn.Module):
+    """A field that no number of steps solves."""
+
+    def forward(self, z: torch.Tensor, perturbation: torch.Tensor, media: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        return 1e3 * z + 1e4 * (z - z.detach() + 1) * torch.sin(1e3 * clock)
+
+
+def test_a_wait_that_cannot_be_solved_names_condition_and_span(small: pb.Screen) -> None:
+    with pytest.raises(SolverError, match=r"could not be solved with \d+ steps.*Worst: .*Wait\(.*Lower learning_rate") as caught:
+        pb.fit(pb.node(small, 2, field=Explosive()), small, **SETTINGS)
+    assert "Trace Shapes" not in str(caught.value)

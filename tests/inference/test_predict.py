@@ -1,0 +1,121 @@
+"""Predictions: labelled, on the scale they say, with intervals that widen where they should."""
+
+import numpy as np
+import pytest
+import torch
+
+import perturbprob as pb
+from perturbprob.inference.draws import centre
+from perturbprob.inference.predict import Expectation, interpolated_log1p
+from perturbprob.measurement.counts import CountLaw
+
+
+def test_answers_are_labelled(fit: pb.Fit, screen: pb.Screen) -> None:
+    answer = pb.predict(fit, n_draws=4, batch="average")
+    assert answer["mean"].dims == ("condition", "gene")
+    assert list(answer["condition"].values) == list(map(str, screen.conditions))
+    assert set(answer["media"].values) == {"rest", "drug"}
+    assert set(answer["perturbation"].values) == {"control", *screen.perturbations}
+    assert tuple(answer["gene"].values) == screen.genes
+    assert answer.attrs["scale"] == "rate"
+    assert (answer["lower"] <= answer["upper"]).all()
+
+
+def test_shares_without_batch_effect_sum_to_one(fit: pb.Fit) -> None:
+    assert np.allclose(pb.predict(fit, n_draws=3)["mean"].sum("gene"), 1, atol=1e-4)
+
+
+def test_log1p_is_the_mean_of_log1p_under_the_law(fit: pb.Fit, screen: pb.Screen) -> None:
+    condition, sites = screen.conditions[-1], centre(fit.model, fit.guide)
+    torch.manual_seed(0)
+    expectation = Expectation(fit, [condition], n_rest=4096)
+    log_share, sites = expectation.log_shares(sites)
+    mean = expectation.mean(log_share[0], sites, condition, "batch1", "log1p", None)
+    depth = fit.depth.quantiles(condition, "batch1")[torch.randint(0, 32, (4096,))] + fit.model.log_depth
+    rate = log_share[0] + sites["batch_effect"][0] + depth[torch.randperm(4096), None]
+    drawn = torch.stack([fit.model.law(sites, rate).sample().log1p().mean(0) for _ in range(30)])
+    assert torch.allclose(mean, drawn.mean(0), atol=0.02)
+    assert not torch.allclose(mean, drawn.expm1().mean(0).log1p(), atol=1e-4)
+
+
+def test_the_table_interpolates(screen: pb.Screen) -> None:
+    law = CountLaw(torch.linspace(-8, 8, 999)[:, None].expand(-1, 2), torch.tensor([0.5, 20.0]), torch.tensor([0.01, 0.2]))
+    assert torch.allclose(interpolated_log1p(law), law.mean_log1p(), atol=2e-4)
+
+
+def test_counts_are_shares_times_depth(fit: pb.Fit, screen: pb.Screen) -> None:
+    condition = screen.conditions[0]
+    counts = pb.predict(fit, condition, n_draws=20, scale="counts", batch="batch1")["mean"]
+    seen = screen.counts[(screen.condition == 0) & (screen.batch == 0)].mean(0)
+    assert np.corrcoef(counts.values[0], seen)[0, 1] > 0.95
+    assert float(counts.sum()) == pytest.approx(seen.sum(), rel=0.15)
+
+
+def test_an_unseen_time_is_less_certain(fit: pb.Fit, screen: pb.Screen) -> None:
+    name = screen.perturbations[0]
+    known, later = (pb.predict(fit, pb.Knockout(name) >> pb.Wait(t), n_draws=150, scale="log1p", batch="batch1") for t in (2.0, 4.0))
+    width = [float((a["upper"] - a["lower"]).mean()) for a in (known, later)]
+    assert width[1] > width[0]
+
+
+def test_observed_intervals_hold_the_sampling_noise(fit: pb.Fit, screen: pb.Screen) -> None:
+    few, many, mean = (
+        pb.predict(fit, screen.conditions[0], n_draws=200, batch="batch1", scale="log1p", **kind)
+        for kind in ({"interval": "observed", "n_cells": 5}, {"interval": "observed", "n_cells": 500}, {})
+    )
+    width = [float((a["upper"] - a["lower"]).mean()) for a in (few, many, mean)]
+    assert width[0] > width[1] > width[2]
+
+
+def test_a_new_batch_is_less_certain_than_a_known_one(fit: pb.Fit, screen: pb.Screen) -> None:
+    widths = [float((a["upper"] - a["lower"]).mean()) for a in (pb.predict(fit, screen.conditions[0], n_draws=100, batch=b) for b in ("batch1", "new"))]
+    assert widths[1] > widths[0]
+
+
+def test_average_is_the_mean_over_batches(fit: pb.Fit, screen: pb.Screen) -> None:
+    each = [pb.predict(fit, screen.conditions[0], n_draws=5, batch=b)["mean"] for b in screen.batches]
+    average = pb.predict(fit, screen.conditions[0], n_draws=5, batch="average")["mean"]
+    assert np.allclose(sum(each) / 2, average, atol=1e-6)
+
+
+def test_control_baseline_and_zero_waits_are_identities(fit: pb.Fit) -> None:
+    plain, dressed = (pb.predict(fit, p, n_draws=3, batch="batch1") for p in (pb.Wait(1), pb.Media("rest") >> pb.Wait(0) >> pb.Wait(1)))
+    assert plain.identical(dressed)
+
+
+def test_it_says_when_time_and_batch_are_aliased() -> None:
+    screen = pb.datasets.ishikawa2023()[::37]
+    fit = pb.fit(pb.node(screen, 2), screen, epochs=1, progress=False)
+    with pytest.warns(pb.AliasedWarning, match=r"time and batch are aliased.*Name batch="):
+        pb.predict(fit, screen.conditions[0], n_draws=2)
+
+
+@pytest.mark.parametrize(
+    ("condition", "options", "message"),
+    [
+        (pb.Knockout("NANOG") >> pb.Wait(1), {}, r"Knockout\('NANOG'\) was never seen by this model.*Known"),
+        (pb.Media("dox") >> pb.Wait(1), {}, "Media 'dox' was never seen"),
+        (pb.Wait(1), {"batch": "batch9"}, "Batch 'batch9' was never seen by this model. Did you mean 'batch"),
+        (pb.Wait(1), {"scale": "tpm"}, "Unknown scale 'tpm'"),
+        (pb.Wait(1), {"interval": "wide"}, "Unknown interval 'wide'"),
+        (pb.Wait(1), {"interval": "observed"}, "goes with n_cells="),
+        (pb.Wait(1), {"n_cells": 10}, "goes with n_cells="),
+        (pb.Wait(1), {"level": 1.0}, "level is a probability"),
+        (pb.Wait(1), {"batch": ["batch1", "batch2"]}, "names 2 batches for 1 conditions"),
+        ([], {}, "No condition to predict"),
+    ],
+)
+def test_misuse(fit: pb.Fit, condition: object, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pb.predict(fit, condition, n_draws=2, **options)
+
+
+def test_the_kind_of_perturbation_counts(fit: pb.Fit, screen: pb.Screen) -> None:
+    name = screen.perturbations[0]
+    with pytest.raises(ValueError, match=rf"Activation\('{name}'\) was never seen.*It has seen Knockout"):
+        pb.predict(fit, pb.Activation(name) >> pb.Wait(1), n_draws=2)
+
+
+def test_before_time_zero() -> None:
+    with pytest.raises(ValueError, match="Time runs forward from the start"):
+        pb.Wait(-1)
