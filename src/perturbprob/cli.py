@@ -62,6 +62,7 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def run(**options: Any) -> None:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what a dependency plans is of no use here
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             try:

@@ -54,9 +54,9 @@ def losses(fit: Fit, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib
     if train:
         best = fit.settings["best_epoch"]
         axes.plot(best + 1, (held or train)[best], "o", color="black", label=f"kept: epoch {best + 1}")
+        axes.legend(frameon=False)
     axes.set(xlabel="epoch", ylabel="−ELBO per cell and gene [nat]", title="Loss over the training", xlim=(0.5, max(2, len(train)) + 0.5))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    axes.locator_params(axis="x", integer=True)
     return axes.figure.figure
 
 
@@ -87,7 +87,7 @@ def predictive_check(check: PredictiveCheck, *, figure: "matplotlib.figure.Figur
 
 def effects(
     hits: xr.Dataset,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     *,
     n_genes: int = 30,
     time: float | None = None,
@@ -112,7 +112,7 @@ def effects(
     (2, 5)
     """
     part = _by_probability(_at(hits, time, media))
-    part = part if genes is None else part.sel(gene=_known(genes, part.gene.values, "gene"))
+    part = part if genes is None else part.sel(gene=_known([genes] if isinstance(genes, str) else genes, part.gene.values, "gene"))
     shown = part if genes is not None else part.isel(gene=_surest(part, n_genes))
     strong = _changes(part if perturbation is None else _of(part, perturbation), named=perturbation is None)
     width, height = min(max(0.2 * shown.sizes["gene"], 1.5) + 2.5, 60.0), min(0.22 * max(part.sizes["row"], len(strong)) + 1.8, 60.0)
@@ -191,7 +191,7 @@ def _genes_observed(axes: "matplotlib.axes.Axes", part: xr.Dataset, statistic: s
         axes.plot(x[chosen], y[chosen], marker, ms=4, alpha=0.7, mew=0, color=colour, label=f"{where}: {chosen.sum()} genes")
     _agreement(axes, x, y, log=statistic != "zero_fraction")
     far = np.abs(x - y) / np.maximum(part["replicated_sd"].values, 1e-12)
-    worst = [_plain(part["gene"].values[g]) for g in np.argsort(-far)[:5] if missed[g]]
+    worst = [_plain(part["gene"].values[g]) for g in np.argsort(-far) if missed[g]][:5]
     if worst:
         axes.text(0.97, 0.03, "\n".join(["furthest off:", *worst]), transform=axes.transAxes, ha="right", va="bottom", fontsize=8)
     title, unit = _STATISTIC[statistic]
@@ -327,9 +327,9 @@ def _heatmap(axes: "matplotlib.axes.Axes", part: xr.Dataset) -> None:
     rows, genes = np.nonzero(_distance(part) > 0)
     axes.scatter(genes, rows, s=7, c=np.where(np.abs(values[rows, genes]) > 0.6 * limit, "white", "black"), lw=0)
     _name(axes.xaxis, part.gene.values, rotation=90)
-    _name(axes.yaxis, [f"{'● ' * bool(h)}{name}" for name, h in zip(part.row.values, part.is_hit.values, strict=True)])
-    for label, hit in zip(axes.get_yticklabels(), part.is_hit.values, strict=True):
-        label.set_fontweight("bold" if hit else "normal")
+    _name(axes.yaxis, [f"● {row}" if hit else row for row, hit in zip(part.row.values, part.is_hit.values, strict=True)])
+    for text, hit in zip(axes.get_yticklabels(), part.is_hit.values, strict=True):
+        text.set_fontweight("bold" if hit else "normal")
     marks = f"dot: the {100 * part.attrs['level']:g} % interval leaves out 0{'   ● hit' if 'hit' in part else ''}"
     axes.set(xlabel=f"gene\n{marks}", ylabel="perturbation", title=f"Change of each gene at {part.attrs['where']}")
     label = f"log fold change against {_plain(part.attrs['against'])} [natural log]"

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +133,8 @@ def _hits(hits: xr.Dataset) -> str:
     others = [str(tested["tested_perturbation"].values[k]) for k in order if not tested["hit"].values[k]]
     head = ("hit", "probability of any effect", "log Bayes factor", "expected share of false discoveries", "surest changes")
     rows = [_hit(hits, one) for one in found]
-    count = f"{len(found)} of {len(order)} perturbations are hits. Changes are log fold changes against control with {100 * hits.attrs['level']:g} % intervals."
+    level = f"{100 * hits.attrs['level']:g} % intervals"
+    count = f"{len(found)} of {len(order)} perturbations are hits. Changes are log fold changes against control with {level}."
     rest = [_paragraph(f"Not told from doing nothing: {', '.join(others)}.")] if others else []
     return "".join([_paragraph(count), _table(head, rows) if rows else "", *rest])
 
@@ -155,16 +156,23 @@ def _surest(hits: xr.Dataset, name: str, n: int = 5) -> list[str]:
     """Return in words the changes of a perturbation whose intervals lie furthest from 0, one per gene."""
     part = hits.isel(condition=hits["perturbation"].values == name)
     distance = np.maximum(part["lower"].values, -part["upper"].values)
-    row = distance.argmax(axis=0)
-    furthest = distance.max(axis=0)
+    row, furthest = distance.argmax(axis=0), distance.max(axis=0)
     genes = [g for g in np.argsort(-furthest, kind="stable")[:n] if furthest[g] > 0]
-    return [_change(part.isel(condition=row[g], gene=g)) for g in genes]
+    several = len(np.unique(hits["media"].values)) > 1
+    return [_change(part.isel(condition=row[g], gene=g), several) for g in genes]
 
 
-def _change(one: xr.Dataset) -> str:
+def _change(one: xr.Dataset, several_media: bool) -> str:
     """Return one change in words."""
-    value, lower, upper = (f"{float(one[k]):+.2f}".replace("-", "−") for k in ("log_fold_change", "lower", "upper"))
-    return f"{one['gene'].values} {value} ({lower} to {upper}) in {one['condition'].values}"
+    value, lower, upper = (_signed(float(one[k])) for k in ("log_fold_change", "lower", "upper"))
+    when = f"{one['time'].attrs.get('units', 'time')} {float(one['time']):g}"
+    where = f" in {one['media'].values}" if several_media else ""
+    return f"{one['gene'].values} {value} ({lower} to {upper}) at {when}{where}"
+
+
+def _signed(value: float) -> str:
+    """Return a number with its sign."""
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _confounded(fit: Fit) -> str:
@@ -195,9 +203,8 @@ def _batches(fit: Fit) -> str:
 
 def _furthest(effect: xr.DataArray) -> str:
     """Name the genes that a batch changes most."""
-    return ", ".join(
-        f"{effect['gene'].values[g]} {effect.values[g]:+.2f}".replace("-", "−") for g in np.argsort(-np.abs(effect.values))[:3]
-    )
+    order = np.argsort(-np.abs(effect.values))[:3]
+    return ", ".join(f"{effect['gene'].values[g]} {_signed(float(effect.values[g]))}" for g in order)
 
 
 def _checked(check: PredictiveCheck) -> str:
@@ -214,7 +221,7 @@ def _cells_of_batches(fit: Fit) -> Counter[str]:
     return cells
 
 
-def _pairs(values: dict[str, object]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     """Return names and values in one line."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
@@ -231,10 +238,9 @@ def _paragraph(words: str) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table; without a head, the first column is one."""
+    first = "td" if head else "th"
     lines = ["".join(f"<th>{_text(v)}</th>" for v in head)] if head else []
-    for first, *rest in rows:
-        tag = "td" if head else "th"
-        lines.append(f"<{tag}>{_text(first)}</{tag}" + ">" + "".join(f"<td>{_text(v)}</td>" for v in rest))
+    lines += ["".join([f"<{first}>{_text(row[0])}</{first}>", *(f"<td>{_text(v)}</td>" for v in row[1:])]) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 

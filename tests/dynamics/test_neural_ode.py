@@ -88,7 +88,9 @@ def test_a_linear_push_is_the_matrix_exponential(screen):
     move = make(Solver(n_steps=128), Linear())
     state = move(z0, [segment], effects)
     matrix = move.field.matrix
-    generator = torch.cat([torch.cat([matrix - torch.diag(move.decay), matrix], 1), torch.zeros(N_LATENT, 2 * N_LATENT, dtype=torch.float64)])
+    generator = torch.cat(
+        [torch.cat([matrix - torch.diag(move.decay), matrix], 1), torch.zeros(N_LATENT, 2 * N_LATENT, dtype=torch.float64)]
+    )
     for cell, wait in enumerate(WAITS):
         start = torch.cat([torch.zeros(N_LATENT, dtype=torch.float64), z0[cell]])  # d(δ, z₀)/dt = (A (z₀ + δ) − γ δ, 0)
         expected = (torch.matrix_exp(wait * generator) @ start)[:N_LATENT]

@@ -98,7 +98,9 @@ def test_the_last_media_of_two_holds_and_baseline_takes_the_mark_away():
 @given(steps)
 def test_waiting_no_time_changes_nothing(actions):
     move, segments = transition(), encode(Protocol(actions))
-    still = replace(segments[0], perturbation=0 * segments[0].perturbation, changed=torch.tensor([False]), wait=torch.zeros(1, dtype=torch.float64))
+    still = replace(
+        segments[0], perturbation=0 * segments[0].perturbation, changed=torch.tensor([False]), wait=torch.zeros(1, dtype=torch.float64)
+    )
     with torch.no_grad():
         assert_same(move(rest(1), [*segments, still], EFFECTS), move(rest(1), segments, EFFECTS), rtol=0, atol=0)
 

@@ -88,7 +88,11 @@ def test_a_screen_at_time_0_keeps_its_unit_of_time():
     assert Vocabulary.of(simulate(n_cells=20, n_perturbations=1, times=(0.0,), n_batches=1).screen).time_scale == 1.0
 
 
-@given(st.lists(names, max_size=3, unique=True), st.lists(names, max_size=3, unique=True), st.sampled_from([Knockout, Interference, Activation]))
+@given(
+    st.lists(names, max_size=3, unique=True),
+    st.lists(names, max_size=3, unique=True),
+    st.sampled_from([Knockout, Interference, Activation]),
+)
 def test_json_and_back_is_the_same_vocabulary(genes, media, kind):
     vocabulary = Vocabulary(tuple(genes), tuple(map(kind, genes)), tuple(media), ("b",), baseline=None, time_unit="h", time_scale=0.3)
     assert Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json()))) == vocabulary

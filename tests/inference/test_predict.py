@@ -28,11 +28,10 @@ def test_shares_without_batch_effect_sum_to_one(fit: pb.Fit) -> None:
 def test_log1p_is_the_mean_of_log1p_under_the_law(fit: pb.Fit, screen: pb.Screen) -> None:
     condition, sites = screen.conditions[-1], centre(fit.model, fit.guide)
     torch.manual_seed(0)
-    expectation = Expectation(fit, [condition], n_rest=4096)
-    log_share, sites = expectation.log_shares(sites)
-    mean = expectation.mean(log_share[0], sites, condition, "batch1", "log1p", None)
+    expectation, only = Expectation(fit, [condition], ["batch1"], n_rest=4096), torch.arange(1)
+    mean = expectation.means(sites, only, "log1p", None)[0]
     depth = fit.depth.quantiles(condition, "batch1")[torch.randint(0, 32, (4096,))] + fit.model.log_depth
-    rate = log_share[0] + sites["batch_effect"][0] + depth[torch.randperm(4096), None]
+    rate = expectation.log_shares(sites, only)[:, 0] + sites["batch_effect"][0] + depth[torch.randperm(4096), None]
     drawn = torch.stack([fit.model.law(sites, rate).sample().log1p().mean(0) for _ in range(30)])
     assert torch.allclose(mean, drawn.mean(0), atol=0.02)
     assert not torch.allclose(mean, drawn.expm1().mean(0).log1p(), atol=1e-4)

@@ -61,7 +61,9 @@ def test_the_prior_is_hierarchical_over_genes():
     torch.manual_seed(0)
     trace = pyro.poutine.trace(BatchEffect(3, shares(4))).get_trace()
     trace.compute_log_prob()
-    overall, scale, coordinate = (trace.nodes[name]["value"].double().numpy() for name in ("batch_scale_overall", "batch_scale", "batch_coordinate"))
+    overall, scale, coordinate = (
+        trace.nodes[name]["value"].double().numpy() for name in ("batch_scale_overall", "batch_scale", "batch_coordinate")
+    )
     expected = {
         "batch_scale_overall": stats.lognorm.logpdf(overall, 1.0, scale=0.1),
         "batch_scale": stats.lognorm.logpdf(scale, 0.5, scale=overall).sum(),

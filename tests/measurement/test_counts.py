@@ -49,9 +49,10 @@ def exact(x, mu, theta, gate):
 
 def grid(law, dtype):
     """Every combination of parameters and counts, rounded to the dtype: x, log μ, θ, π as tensors."""
-    axes = np.meshgrid(COUNT, RATE, THETA if law != "poisson" else [1], GATE if law == "zero_inflated" else [0.5], indexing="ij")
-    x, rate, theta, gate = (torch.tensor(axis.ravel()).to(dtype) for axis in axes)
-    return x, torch.tensor(np.log(axes[1].ravel())).to(dtype), None if law == "poisson" else theta, gate if law == "zero_inflated" else None
+    axes = [*np.meshgrid(COUNT, RATE, THETA if law != "poisson" else [1], GATE if law == "zero_inflated" else [0.5], indexing="ij")]
+    axes[1] = np.log(axes[1])
+    x, log_rate, theta, gate = (torch.tensor(axis.ravel()).to(dtype) for axis in axes)
+    return x, log_rate, None if law == "poisson" else theta, gate if law == "zero_inflated" else None
 
 
 def float64(*values):
@@ -75,7 +76,10 @@ def test_the_reference_is_scipy_where_scipy_is_accurate(theta):
     np.testing.assert_allclose(sum(terms(x, mu, None)), stats.poisson.logpmf(x, mu), rtol=1e-12)
     step = 1e-6
     for gate in (None, 0.2):
-        value = [exact(x, mu * np.exp(a), theta * np.exp(b), gate if gate is None else gate + c)[0] for a, b, c in step * np.r_[np.eye(3), -np.eye(3)]]
+        value = [
+            exact(x, mu * np.exp(a), theta * np.exp(b), gate if gate is None else gate + c)[0]
+            for a, b, c in step * np.r_[np.eye(3), -np.eye(3)]
+        ]
         for k, gradient in enumerate(exact(x, mu, theta, gate)[1:]):
             np.testing.assert_allclose((value[k] - value[k + 3]) / (2 * step), gradient, rtol=1e-6, atol=1e-6)
 
@@ -97,7 +101,9 @@ def test_log_prob_is_the_formula_in_float64_to_rounding(law, dtype):
 def test_gradients_are_the_formulas_in_float64_to_rounding(law, dtype):
     x, log_rate, theta, gate = grid(law, dtype)
     given = [value.requires_grad_() for value in (log_rate, theta, gate) if value is not None]
-    found = dict(zip(("rate", "theta", "gate"), torch.autograd.grad(CountLaw(log_rate, theta, gate).log_prob(x).sum(), given), strict=False))
+    found = dict(
+        zip(("rate", "theta", "gate"), torch.autograd.grad(CountLaw(log_rate, theta, gate).log_prob(x).sum(), given), strict=False)
+    )
     found = dict(zip(found, float64(*found.values()), strict=True))
     x, log_rate, theta, gate = float64(x, log_rate, theta, gate)
     mu = np.exp(log_rate)
@@ -114,7 +120,10 @@ def test_gradients_are_the_formulas_in_float64_to_rounding(law, dtype):
 @pytest.mark.parametrize("law", LAWS)
 def test_every_gradient_is_finite_at_extreme_values(law):
     log_rate, theta, gate = torch.meshgrid(
-        torch.tensor([-80.0, -40.0, 0.0, 20.0]), torch.tensor([1e-8, 1e-3, 1.0, 1e7, 1e20]), torch.tensor([1e-30, 1e-6, 0.5, 1 - 1e-6]), indexing="ij"
+        torch.tensor([-80.0, -40.0, 0.0, 20.0]),
+        torch.tensor([1e-8, 1e-3, 1.0, 1e7, 1e20]),
+        torch.tensor([1e-30, 1e-6, 0.5, 1 - 1e-6]),
+        indexing="ij",
     )
     for count in (0.0, 1.0, 1e4, 1e6):
         given = [log_rate.clone(), *[theta.clone()] * (law != "poisson"), *[gate.clone()] * (law == "zero_inflated")]
@@ -149,7 +158,9 @@ def test_mean_log1p_is_the_sum_over_the_density(rate, theta, dtype):
 @pytest.mark.parametrize("rate", [1e4, 1e6])
 def test_mean_log1p_of_a_large_mean_is_its_log(rate):
     # E log(1 + x) = log(1 + μ) − var / (2 (1 + μ)²) + O(1 / μ²)
-    assert float(make(rate, None, None, torch.float32).mean_log1p()) == pytest.approx(np.log1p(rate) - 0.5 * rate / (1 + rate) ** 2, abs=1e-5)
+    assert float(make(rate, None, None, torch.float32).mean_log1p()) == pytest.approx(
+        np.log1p(rate) - 0.5 * rate / (1 + rate) ** 2, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(("rate", "theta", "gate"), EVERYDAY)

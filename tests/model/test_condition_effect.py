@@ -161,7 +161,11 @@ def test_a_term_never_seen_is_drawn_from_the_prior_with_the_median_scale():
 def test_terms_are_each_part_and_all_parts_together():
     assert terms(Protocol() >> Wait(2)) == []
     assert terms(Wait(1) >> Media("M")) == [("Media('M')",)]
-    assert terms(Activation("B") >> Knockout("A") >> Wait(2)) == [("Knockout('A')",), ("Activation('B')",), ("Knockout('A')", "Activation('B')")]
+    assert terms(Activation("B") >> Knockout("A") >> Wait(2)) == [
+        ("Knockout('A')",),
+        ("Activation('B')",),
+        ("Knockout('A')", "Activation('B')"),
+    ]
     assert len(terms(Knockout("A") >> Knockout("B") >> Media("M") >> Wait(1))) == 4
     assert terms(Knockout("A") >> Media("M") >> Wait(1) >> Media()) == [("Knockout('A')",)]
 

@@ -45,10 +45,11 @@ def effects(
     everyone = list(dict.fromkeys(p for pair in pairs for p in pair))
     number = {p: k for k, p in enumerate(everyone)}
     here, there = (torch.tensor([number[pair[side]] for pair in pairs]) for side in (0, 1))
-    expectation, draws = Expectation(fit, everyone, seed=seed), []
+    expectation, draws = Expectation(fit, everyone, [None] * len(everyone), seed=seed), []
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
         with seeded(seed, k, 2):
-            log_mean = torch.logsumexp(expectation.log_shares(sites)[0], 1).cpu()
+            sites = expectation.complete(sites)
+            log_mean = torch.cat([torch.logsumexp(expectation.log_shares(sites, part), 0) for part in expectation.parts]).cpu()
         draws.append(log_mean[here] - log_mean[there])
     values = torch.stack(draws)
     mean = values.mean(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from perturbprob.inference.density import importance
-from perturbprob.inference.draws import Sites, centre
+from perturbprob.inference.draws import Sites, centre, global_draws
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide
@@ -14,7 +14,7 @@ from perturbprob.model.guide import Guide
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
-PARTICLES = 32
+PARTICLES, N_DRAWS = 32, 64
 
 
 @torch.no_grad()
@@ -55,21 +55,28 @@ def _media(model: CellModel) -> set[str]:
 
 
 def _price(model: CellModel, guide: Guide, sites: Sites) -> dict[str, float]:
-    """Return what each perturbation's latent effect and each condition term pays for being there."""
-    price: dict[str, float] = {}
+    """Return what each perturbation's latent effect and each condition term pays for being there.
+
+    A prior variance is itself uncertain; it is taken at its harmonic mean 1 / E[1 / v], at which an effect that the cells do not
+    ask for has the posterior variance of its prior, and pays nothing.
+    """
+    price, effect = {repr(t): 0.0 for t in model.condition_effect.terms}, model.condition_effect
+    draws = list(global_draws(model, guide, N_DRAWS))
     if model.vocabulary.perturbations:
-        spread = guide.perturbation_effect_log_scale.exp().square()
-        paid = _paid(sites["perturbation_effect"], spread, sites["perturbation_scale"][:, None].square())
+        prior = _harmonic([d["perturbation_scale"][:, None].square() for d in draws])
+        paid = _paid(sites["perturbation_effect"], guide.perturbation_effect_log_scale.exp().square(), prior)
         price |= {repr(p): float(v) for p, v in zip(model.vocabulary.perturbations, paid.sum(-1), strict=True)}
-    effect = model.condition_effect
-    price |= {repr(t): 0.0 for t in effect.terms}
     if effect.nodes:
-        law = effect.law(sites)
-        value = sites["condition_effect"]
-        paid = _paid(value - law.expected(value), guide.condition_log_scale.exp().square(), law.innovation.square())
-        for node, v in zip(effect.nodes, paid.sum(-1), strict=True):
+        prior = _harmonic([effect.law(d).innovation.square() for d in draws])
+        change = sites["condition_effect"] - effect.law(sites).expected(sites["condition_effect"])
+        for node, v in zip(effect.nodes, _paid(change, guide.condition_log_scale.exp().square(), prior).sum(-1), strict=True):
             price[repr(node.term)] += float(v)
     return price
+
+
+def _harmonic(values: list[Tensor]) -> Tensor:
+    """Return the harmonic mean."""
+    return 1 / torch.stack([1 / v for v in values]).mean(0)
 
 
 def _paid(value: Tensor, spread: Tensor, prior: Tensor) -> Tensor:

@@ -159,7 +159,8 @@ class _Training:
         optimiser = torch.optim.Adam(self.elbo.parameters(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
         bar = tqdm(range(self.settings["epochs"]), desc="fit", unit="epoch", disable=not progress, leave=False)
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # NonFiniteLoss says more
             for epoch in bar:
                 self.losses["train"].append(self._epoch(optimiser))
                 fall.step()

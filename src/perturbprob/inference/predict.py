@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 N_REST = 128
 """How many rest states z₀, and size factors with them, an expectation is averaged over (the same Sobol points for every draw)."""
+CHUNK = 20_000_000
+"""How many values of rest states × conditions × genes are held at once."""
 SCALES = ("rate", "counts", "log1p")
 
 
@@ -116,63 +118,68 @@ def _say_aliased(fit: "Fit") -> None:
 def _draws(
     fit: "Fit", protocols: list[Protocol], batches: list[str | None], *, n_draws: int, scale: str, n_cells: int | None, seed: int
 ) -> Iterator[Float[Tensor, "condition gene"]]:
-    """Yield each posterior draw's mean, with the noise of ``n_cells`` cells added where given."""
-    expectation = Expectation(fit, protocols, seed=seed)
-    names = [fit.model.vocabulary.batches if b == "average" else [b] for b in batches]
+    """Yield each posterior draw's mean of every condition, with the noise of ``n_cells`` cells added where given."""
+    named = [fit.model.vocabulary.batches if b == "average" else [b] for b in batches]
+    of = torch.tensor([c for c, names in enumerate(named) for _ in names])
+    expectation = Expectation(fit, [protocols[c] for c in of], [b for names in named for b in names], seed=seed)
+    share = (1.0 / torch.bincount(of))[of, None]
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
         with seeded(seed, k, 2):
-            log_share, sites = expectation.log_shares(sites)
-            rows = [_mean([expectation.mean(log_share[c], sites, p, b, scale, n_cells) for b in names[c]]) for c, p in enumerate(protocols)]
-        yield torch.stack(rows).cpu()
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    """Return the mean of tensors."""
-    return torch.stack(values).mean(0)
+            sites = expectation.complete(sites)
+            means = torch.cat([expectation.means(sites, part, scale, n_cells) for part in expectation.parts]).cpu()
+        yield means.new_zeros(len(protocols), means.shape[1]).index_add_(0, of, share * means)
 
 
 class Expectation:
-    """Averages over cells at rest z₀ ~ Normal(0, I), by the same Sobol points for every condition and draw."""
+    """Averages over cells at rest z₀ ~ Normal(0, I), by the same Sobol points for every condition and draw.
 
-    def __init__(self, fit: "Fit", protocols: Sequence[Protocol], *, n_rest: int = N_REST, seed: int = 0) -> None:
+    One row per protocol, each in its batch (None: η = 0, "new": a batch never seen). Rows are worked through in ``parts`` that fit
+    into memory.
+    """
+
+    def __init__(self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0) -> None:
         """Encode the protocols and place the points."""
-        model = fit.model
-        self.fit, self.model, self.protocols = fit, model, list(protocols)
-        device = model.log_share.device
-        points = SobolEngine(model.n_latent + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
+        self.fit, self.model, self.batches = fit, fit.model, list(batches)
+        names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
+        points = SobolEngine(fit.model.n_latent + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
         self.z = torch.special.ndtri(points[:, 1:]).to(device)
-        self.depth_rank = points[:, 0]
-        self.segments = [s.to(device) for s in model.vocabulary.encode(self.protocols)]
-        times = [p.time / model.vocabulary.time_scale for p in self.protocols]
-        known = set(model.condition_effect.nodes)
-        wanted = dict.fromkeys(Node(t, s) for p, s in zip(self.protocols, times, strict=True) for t in terms(p))
+        depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
+        ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]
+        self.log_depth = ranked.to(self.z) + fit.model.log_depth
+        self.segments = [s.to(device) for s in names.encode(protocols)]
+        times = [p.time / names.time_scale for p in protocols]
+        known = set(effect.nodes)
+        wanted = dict.fromkeys(Node(t, s) for p, s in zip(protocols, times, strict=True) for t in terms(p))
         self.extra = [n for n in wanted if n not in known]
-        self.rows = model.condition_effect.rows(self.protocols, times, self.extra).to(device)
+        self.rows = effect.rows(protocols, times, self.extra).to(device)
+        size = max(1, CHUNK // (n_rest * len(names.genes)))
+        self.parts = [torch.arange(k, min(k + size, len(protocols))) for k in range(0, len(protocols), size)]
+
+    def complete(self, sites: Sites) -> Sites:
+        """Return one draw of the global sites with the effects of nodes that were not measured drawn too."""
+        if not self.extra:
+            return sites
+        more = self.model.condition_effect.extended(sites, self.extra)
+        return sites | {"condition_effect": torch.cat([sites["condition_effect"], more])}
 
     @torch.no_grad()
-    def log_shares(self, sites: Sites) -> tuple[Float[Tensor, "condition rest gene"], Sites]:
-        """Return the log share of each gene in each condition and rest state, and the sites with effects of unseen nodes."""
-        if self.extra:
-            more = self.model.condition_effect.extended(sites, self.extra)
-            sites = sites | {"condition_effect": torch.cat([sites["condition_effect"], more])}
-        n = len(self.protocols)
-        z = self.z[:, None].expand(-1, n, -1)
-        state = self.model.transition(z, self.segments, self.model.pushes(sites))
-        return self.model.log_shares(sites, state, self.rows).transpose(0, 1), sites
+    def log_shares(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:
+        """Return the log share of each gene in each rest state and row."""
+        z = self.z[:, None].expand(-1, len(part), -1)
+        state = self.model.transition(z, [s[part] for s in self.segments], self.model.pushes(sites))
+        return self.model.log_shares(sites, state, self.rows[part])
 
     @torch.no_grad()
-    def mean(
-        self, log_share: Float[Tensor, "rest gene"], sites: Sites, protocol: Protocol, batch: str | None, scale: str, n_cells: int | None
-    ) -> Float[Tensor, " gene"]:
-        """Return the mean over cells of one condition in one batch, with the noise of a sample of cells where asked."""
-        log_rate = log_share + self._eta(sites, batch)
-        depth = self._log_depth(protocol, None if batch == "new" else batch)
-        law = self.model.law(sites, log_rate + depth[:, None])
-        mean = {"rate": lambda: log_rate.exp(), "counts": lambda: law.mean, "log1p": lambda: interpolated_log1p(law)}[scale]().mean(0)
+    def means(self, sites: Sites, part: Int[Tensor, " part"], scale: str, n_cells: int | None) -> Float[Tensor, "part gene"]:
+        """Return the mean over cells of each row, with the noise of a sample of cells where asked."""
+        log_rate = self.log_shares(sites, part) + torch.stack([self._eta(sites, self.batches[k]) for k in part])
+        depth = self.log_depth[part].T[..., None]
+        law = self.model.law(sites, log_rate + depth)
+        mean = {"rate": log_rate.exp, "counts": lambda: law.mean, "log1p": lambda: interpolated_log1p(law)}[scale]().mean(0)
         if n_cells is None:
             return mean
         counts = law.sample()
-        seen = {"rate": counts / depth.exp()[:, None], "counts": counts, "log1p": counts.log1p()}[scale]
+        seen = {"rate": counts / depth.exp(), "counts": counts, "log1p": counts.log1p()}[scale]
         return mean + torch.randn_like(mean) * (seen.var(0) / n_cells).sqrt()
 
     def _eta(self, sites: Sites, batch: str | None) -> Float[Tensor, " gene"]:
@@ -183,26 +190,21 @@ class Expectation:
             return self.model.batch_effect.new(sites["batch_scale"]) if "batch_scale" in sites else torch.zeros_like(self.model.log_share)
         return sites["batch_effect"][self.model.vocabulary.batch_code(batch)]
 
-    def _log_depth(self, protocol: Protocol, batch: str | None) -> Float[Tensor, " rest"]:
-        """Return the log depth that goes with each rest state."""
-        quantiles = self.fit.depth.quantiles(protocol, batch)
-        chosen = quantiles[(self.depth_rank * len(quantiles)).long().clamp(max=len(quantiles) - 1)]
-        return chosen.to(self.model.log_depth) + self.model.log_depth
 
-
-def interpolated_log1p(law: CountLaw) -> Float[Tensor, "rest gene"]:
+def interpolated_log1p(law: CountLaw) -> Float[Tensor, "... gene"]:
     """Return E[log(1 + x)] of many rates that share each gene's dispersion and gate, from a table over the log rate.
 
     The table has a step of 0.05 or finer; the second derivative is at most about 0.25, so linear interpolation errs by less than 1e-4.
     """
-    low, high = law.log_rate.min() - 0.1, law.log_rate.max() + 0.1
+    rates = law.log_rate.flatten(0, -2)
+    low, high = rates.min() - 0.1, rates.max() + 0.1
     n = max(2, int((high - low) / 0.05) + 2)
-    grid = torch.linspace(float(low), float(high), n).to(law.log_rate)
-    table = CountLaw(grid[:, None].expand(-1, law.log_rate.shape[-1]), law.dispersion, law.gate).mean_log1p()
-    place = (law.log_rate - low) / (high - low) * (n - 1)
+    grid = torch.linspace(float(low), float(high), n).to(rates)
+    table = CountLaw(grid[:, None].expand(-1, rates.shape[-1]), law.dispersion, law.gate).mean_log1p()
+    place = (rates - low) / (high - low) * (n - 1)
     left = place.floor().long().clamp(0, n - 2)
     part = place - left
-    return table.gather(0, left) * (1 - part) + table.gather(0, left + 1) * part
+    return (table.gather(0, left) * (1 - part) + table.gather(0, left + 1) * part).view_as(law.log_rate)
 
 
 def labelled(fit: "Fit", protocols: Sequence[Protocol], data: dict[str, Tensor], attrs: dict[str, object]) -> xr.Dataset:

@@ -88,7 +88,11 @@ class CellModel(PyroModule):
         try:
             return self.transition(z, cells.protocol, self.pushes(sites))
         except SolverError as error:
-            raise SolverError(f"{error} Worst: {self._described(cells, error.cell)}. Lower learning_rate, or give a smoother field.", error.cell) from None
+            raise SolverError(
+                f"{error} Worst: {self._described(cells, error.cell)}. Lower learning_rate, or give a smoother field.",
+                error.cell,
+                error.error,
+            ) from None
 
     def _described(self, cells: Cells, cell: int) -> str:
         """Say what was done to a cell, and over which span it was solved."""
@@ -118,4 +122,3 @@ class CellModel(PyroModule):
     def law(self, sites: dict[str, Tensor], log_rate: Float[Tensor, "*plate gene"]) -> CountLaw:
         """Return the law of counts around a log rate."""
         return self.measurement(log_rate, *(sites[name] for name in ("dispersion", "gate") if name in sites))
-

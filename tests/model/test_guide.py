@@ -1,0 +1,230 @@
+"""The variational family: every site has its law, and what the data tie together stays together."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from scipy import stats
+
+from perturbprob.experiment.simulate import simulate
+from perturbprob.inference.fit import node_batch
+from perturbprob.model.cells import CellTable
+from perturbprob.model.guide import Guide
+from perturbprob.model.structures import HEADS, node
+
+N_CELLS, N_GENES = 60, 7
+
+
+def simulated(**how):
+    """A small screen; one batch unless said otherwise."""
+    how = {"n_perturbations": 2, "n_batches": 3, "times": (1.0, 2.0), "seed": 5} | how
+    return simulate(n_cells=N_CELLS, n_genes=N_GENES, **how).screen
+
+
+def make(screen, **how):
+    """A model of a screen, its guide and its cells."""
+    model = node(screen, 2, n_hidden=8, **how)
+    torch.manual_seed(0)
+    return model, Guide(model, node_batch(model, screen), n_hidden=8), CellTable(model, screen).cells(torch.arange(screen.n_cells))
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """A screen whose batches are unequal over conditions."""
+    return simulated(unequal=1.0, media=("mTeSR", "BMP4"), n_batches=2)
+
+
+def shapes(trace):
+    """The shapes of values and of log-densities of the sites that the guide must give."""
+    skipped = ("cell", "counts", "batch_effect")
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not site["infer"].get("is_auxiliary")}
+    return {
+        name: (site["value"].shape, site["fn"].batch_shape, site["fn"].event_shape) for name, site in sites.items() if name not in skipped
+    }
+
+
+def global_draws(guide, n):
+    """Draws of the guide's global sites, by name, in float64."""
+    with torch.no_grad():
+        traces = [pyro.poutine.trace(guide.globals).get_trace() for _ in range(n)]
+    return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]).double() for name in traces[0].nodes if name[0] != "_"}
+
+
+# Laws.
+
+
+@pytest.mark.parametrize("measurement", HEADS)
+@pytest.mark.parametrize(
+    "how", [{}, {"media": ("mTeSR", "BMP4")}, {"n_perturbations": 0}, {"times": (1.0,)}, {"n_perturbations": 0, "times": (1.0,)}], ids=str
+)
+def test_every_site_of_the_model_is_in_the_guide_with_its_shapes_and_no_other(how, measurement):
+    model, guide, cells = make(simulated(**how), measurement=measurement)
+    found, wanted = (shapes(pyro.poutine.trace(part).get_trace(cells)) for part in (guide, model))
+    assert found == wanted
+
+
+def test_with_one_batch_the_guide_has_no_batch_sites():
+    with pytest.warns(UserWarning, match="one batch"):
+        model, guide, cells = make(simulated(n_batches=1))
+    found, wanted = (shapes(pyro.poutine.trace(part).get_trace(cells)) for part in (guide, model))
+    assert found == wanted
+    assert not [name for name in found if name.startswith("batch")]
+
+
+def test_values_are_in_the_support_of_the_prior(screen):
+    model, guide, cells = make(screen)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for _ in range(5):
+        trace = pyro.poutine.trace(guide).get_trace(cells)
+        replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace)).get_trace(cells)
+        for name, site in replayed.nodes.items():
+            if site["type"] == "sample" and name not in ("cell", "batch_effect"):
+                assert site["fn"].support.check(site["value"]).all(), name
+        assert torch.isfinite(replayed.log_prob_sum())
+        assert torch.isfinite(trace.log_prob_sum())
+
+
+def test_every_parameter_exists_from_the_start_and_running_the_elbo_changes_none(screen):
+    model, guide, cells = make(screen)
+    elbo = Trace_ELBO()(model, guide)
+    before = {name: parameter.clone() for name, parameter in elbo.named_parameters()}
+    for _ in range(2):
+        elbo(cells).detach()
+    after = dict(elbo.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_every_parameter_of_model_and_guide_is_trained(screen):
+    model, guide, cells = make(screen)
+    with torch.no_grad():
+        model.transition.field.network[-1].weight.normal_()
+    elbo = Trace_ELBO()(model, guide)
+    elbo(cells).backward()
+    without = [name for name, parameter in elbo.named_parameters() if parameter.grad is None or not parameter.grad.abs().max() > 0]
+    assert without == []
+
+
+def test_making_a_guide_and_its_model_leaves_the_random_state_of_globals_alone(screen):
+    model = node(screen, 2)
+    shares = node_batch(model, screen)
+    torch.manual_seed(0)
+    Guide(model, shares)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    Guide(node(screen, 2), shares)
+    assert torch.equal(torch.rand(1), first)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.9])
+def test_condition_effects_fall_where_the_batches_of_their_cells_rise(screen, weight):
+    _, guide, _ = make(screen)
+    with torch.no_grad():
+        guide.condition_weight.fill_(np.log(weight / (1 - weight)))
+        guide.block_lower.normal_()
+    draws = global_draws(guide, n := 800)
+    coordinate, bias = draws["batch_coordinate"], draws["gene_bias"]
+    carried = torch.einsum("nb,bf,dfg->dng", guide.node_batch.double(), guide.basis.double(), coordinate) + bias[:, None]
+    effect = draws["condition_effect"]
+    carried, effect = (x - x.mean(0) for x in (carried, effect))
+    slope = (carried * effect).sum(0) / carried.square().sum(0)
+    own, spread = float(guide.condition_log_scale.detach().exp()[0, 0]), carried.std(0)
+    assert (abs(slope + weight) < 5 * own / (spread * n**0.5)).all()
+    correlation = slope * spread / effect.std(0)
+    assert (correlation < 0).all()
+    np.testing.assert_allclose(effect.std(0), torch.sqrt((weight * spread) ** 2 + own**2), rtol=5 / (2 * n) ** 0.5)
+
+
+def test_batch_shares_of_a_node_are_those_of_its_cells(screen):
+    model, guide, _ = make(screen)
+    assert guide.node_batch.shape == (len(model.condition_effect.nodes), 2)
+    torch.testing.assert_close(guide.node_batch.sum(1), torch.ones(len(guide.node_batch)))
+    times = [p.time / model.vocabulary.time_scale for p in screen.conditions]
+    rows = model.condition_effect.rows(screen.conditions, times)[torch.as_tensor(screen.condition)]
+    for number in range(len(guide.node_batch)):
+        own = (rows == number).any(-1).numpy()
+        share = [(screen.batch[own] == b).mean() for b in range(2)]
+        np.testing.assert_allclose(guide.node_batch[number], share, atol=1e-6)
+    assert guide.node_batch.max() > 0.7  # unequal, so the tie between η and effects differs between conditions
+
+
+def test_bias_and_batch_effects_of_a_gene_have_the_covariance_of_their_block(screen):
+    _, guide, _ = make(screen)
+    with torch.no_grad():
+        guide.block_lower.fill_(2.0)
+    draws = global_draws(guide, 800)
+    parts = torch.stack([draws["gene_bias"], draws["batch_coordinate"][:, 0]])
+    found = np.cov((parts - parts.mean(1, keepdim=True)).flatten(1).numpy())  # every gene has the same block
+    sd = float(guide.block_log_scale.detach().exp()[0, 0])
+    expected = sd**2 * np.array([[1, 2], [2, 5]])
+    np.testing.assert_allclose(found, expected, rtol=0.1)
+
+
+def test_the_centre_is_the_median_of_each_site(screen):
+    _, guide, _ = make(screen)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    draws, centre = global_draws(guide, 501), guide.centre()
+    assert centre.keys() == draws.keys() - {"gene_block"}
+    for name, value in centre.items():
+        below = (draws[name] < value.detach()).double().mean(0)
+        assert (abs(below - 0.5) < 5 * 0.5 / 501**0.5).all(), name
+
+
+def test_the_encoder_gives_each_cell_a_law_that_reads_counts_protocol_and_batch(screen):
+    _, guide, cells = make(screen)
+    law = guide.rest(cells)
+    assert (law.batch_shape, law.event_shape) == ((N_CELLS,), (2,))
+    assert (law.base_dist.scale > 0).all()
+    first = cells.protocol[0]
+    changed = [
+        replace(cells, counts=cells.counts + 1),
+        replace(cells, batch=1 - cells.batch),
+        replace(cells, protocol=[replace(first, perturbation=1 - first.perturbation)]),
+        replace(cells, protocol=[replace(first, media=1 - first.media)]),
+        replace(cells, protocol=[replace(first, wait=first.wait + 1)]),
+        replace(cells, batch=torch.full_like(cells.batch, -1)),
+    ]
+    for other in changed:
+        assert (guide.rest(other).mean != law.mean).any(-1).all()
+    scaled = replace(cells, counts=3 * cells.counts, log_size_factor=cells.log_size_factor + np.log(3))
+    torch.testing.assert_close(guide.rest(scaled).mean, law.mean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kl_term_of_the_cells_carries_the_warmth(screen):
+    model, guide, cells = make(screen)
+    for part in (model, guide):
+        trace = pyro.poutine.trace(part).get_trace(replace(cells, warmth=0.25, total=2 * N_CELLS))
+        trace.compute_log_prob()
+        site = trace.nodes["z"]
+        torch.testing.assert_close(site["log_prob_sum"], 0.25 * 2 * site["fn"].log_prob(site["value"]).sum())
+
+
+# References.
+
+
+def test_log_density_of_the_globals_is_that_of_the_described_law(screen):
+    _, guide, _ = make(screen)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        trace = pyro.poutine.trace(guide.globals).get_trace()
+        trace.compute_log_prob()
+    site = trace.nodes["dispersion"]
+    loc, scale = (part.detach().double().numpy() for part in (guide.dispersion_loc, guide.dispersion_log_scale.exp()))
+    expected = stats.lognorm.logpdf(site["value"].double().numpy(), scale, scale=np.exp(loc)).sum()
+    assert float(site["log_prob_sum"]) == pytest.approx(expected, rel=1e-4)
+    site, scale = trace.nodes["gene_block"], guide.block_log_scale.detach().exp()
+    factor = torch.tril(guide.block_lower.detach(), -1) * scale[:, :, None] + torch.diag_embed(scale)
+    cov = (factor @ factor.mT).double().numpy()
+    parts = zip(site["value"].double().numpy(), guide.block_loc.detach().double().numpy(), cov, strict=True)
+    assert float(site["log_prob_sum"]) == pytest.approx(sum(stats.multivariate_normal.logpdf(*part) for part in parts), rel=1e-4)
+    for name in ("gene_bias", "batch_coordinate"):
+        assert float(trace.nodes[name]["log_prob_sum"]) == 0.0

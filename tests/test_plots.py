@@ -1,0 +1,283 @@
+"""The figures: what they draw is what they were given, and every name can be read from them."""
+
+import sys
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+import perturbprob as pb
+from perturbprob import plots
+from perturbprob.inference.predict import labelled
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """Two knock-outs and control in two media at two times, in two batches; one gene has a name that looks like mathematics."""
+    adata = pb.simulate(n_cells=180, n_genes=8, n_perturbations=2, media=("rest", "BMP4"), n_batches=2, seed=1).adata
+    adata.var_names = [*adata.var_names[:-1], r"$\frac"]
+    return pb.Screen.from_anndata(adata, media="media", baseline="rest", time="time", batch="batch", time_unit="day")
+
+
+@pytest.fixture(scope="module")
+def fit(screen):
+    return pb.fit(pb.node(screen, n_latent=2, n_hidden=8), screen, epochs=3, warmup=2, minibatch=64, progress=False)
+
+
+@pytest.fixture(scope="module")
+def check(fit, screen):
+    return pb.predictive_check(fit, screen, n_draws=4, progress=False)
+
+
+@pytest.fixture
+def hits(fit):
+    """What effects() returns, with numbers of our own."""
+    rng = np.random.default_rng(0)
+    protocols = [p for p in map(pb.Protocol.parse, fit.trained_on["conditions"]) if p.perturbations]
+    mean = torch.as_tensor(rng.normal(size=(len(protocols), 8)))
+    values = {"log_fold_change": mean, "lower": mean - 0.8, "upper": mean + 0.8}
+    result = labelled(fit, protocols, values, {"against": "control", "level": 0.9, "n_draws": 4})
+    names = list(dict.fromkeys(result.perturbation.values))
+    tested = {"log_evidence": [-3.0, 7.0], "hit": [False, True]}
+    return result.merge(xr.Dataset({k: ("tested_perturbation", v) for k, v in tested.items()}, {"tested_perturbation": names}))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    """No figure stays with pyplot, and no setting of matplotlib is changed."""
+    before = dict(matplotlib.rcParams)
+    yield
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def names_of(axes, axis="y"):
+    return texts(getattr(axes, f"get_{axis}ticklabels")())
+
+
+def points(axes):
+    """All points drawn without a line, sorted."""
+    found = [line.get_xydata() for line in axes.lines if line.get_linestyle() == "None"]
+    return np.array(sorted(np.concatenate(found).tolist()))
+
+
+def test_losses_are_drawn_over_the_epochs_and_the_kept_one_is_marked(fit):
+    figure = plots.losses(fit)
+    (axes,) = figure.axes
+    train, held, best = axes.lines
+    np.testing.assert_array_equal(train.get_xydata(), np.stack([[1, 2, 3], fit.losses["train"]], 1))
+    np.testing.assert_array_equal(held.get_ydata(), fit.losses["validation"])
+    kept = fit.settings["best_epoch"]
+    assert best.get_xydata().tolist() == [[kept + 1, fit.losses["validation"][kept]]]
+    assert texts(axes.get_legend().get_texts()) == ["warm-up", "training cells", "held-out cells", f"kept: epoch {kept + 1}"]
+    assert (axes.patches[0].get_x(), axes.patches[0].get_width()) == (0.5, 2.0)
+    assert "nat" in axes.get_ylabel()
+    assert isinstance(figure, Figure)
+
+
+def test_losses_without_held_out_cells_or_warm_up(fit):
+    settings = fit.settings | {"warmup": 0, "best_epoch": 1}
+    (axes,) = plots.losses(replace(fit, losses={"train": [3.0, 2.0], "validation": []}, settings=settings)).axes
+    assert texts(axes.get_legend().get_texts()) == ["training cells", "kept: epoch 2"]
+    assert axes.lines[-1].get_xydata().tolist() == [[2.0, 2.0]]
+
+
+def test_losses_of_a_training_that_broke_in_its_first_epoch_are_an_empty_figure(fit):
+    (axes,) = plots.losses(replace(fit, losses={"train": [], "validation": []}, settings=fit.settings | {"best_epoch": -1})).axes
+    assert len(axes.lines) == 0
+
+
+def test_figures_can_be_drawn_into_axes_of_the_user(fit, screen):
+    figure = Figure(figsize=(8, 4))
+    left, right = figure.subfigures(1, 2)[0].subplots(1, 2)
+    assert plots.losses(fit, ax=left) is figure
+    assert plots.layout(screen, ax=right) is figure
+    assert (left.get_xlabel(), right.get_ylabel()) == ("epoch", "perturbation")
+
+
+def test_predictive_check_draws_every_gene(check):
+    figure = plots.predictive_check(check)
+    assert len(figure.axes) == 6
+    for axes, statistic in zip(figure.axes, plots._STATISTIC, strict=False):
+        part = check.gene.sel(statistic=statistic)
+        expected = np.stack([part.observed.values, part.replicated.values], 1)
+        np.testing.assert_allclose(points(axes), sorted(expected.tolist()))
+        assert axes.get_xlabel().startswith("observed")
+    assert [axes.get_xscale() for axes in figure.axes[:3]] == ["log", "log", "linear"]
+
+
+def test_predictive_check_parts_genes_inside_and_outside_the_replicates(check):
+    gene = check.gene.copy(deep=True)
+    gene["tail_probability"][0] = [0.0, 0.02, 0.03, 0.5, 0.5, 0.5, 0.97, 1.0]
+    axes = plots.predictive_check(replace(check, gene=gene)).axes[0]
+    assert texts(axes.get_legend().get_texts()) == ["inside: 5 genes", "outside: 3 genes"]
+    named = axes.texts[0].get_text().splitlines()
+    assert named[0] == "furthest off:"
+    assert set(named[1:]) == {"G1", "G2", r"\$\frac"}
+
+
+def test_predictive_check_draws_depth_relative_to_the_data(check):
+    conditions, batches = plots.predictive_check(check).axes[3:5]
+    for axes, table, place in ((conditions, check.condition, None), (batches, check.batch, [0, 1])):
+        mean = table.sel(depth_statistic="mean")
+        x = mean.observed_depth.values if place is None else place
+        drawn = axes.containers[0].lines[0].get_xydata()
+        np.testing.assert_allclose(drawn, np.stack([x, (mean.replicated_depth / mean.observed_depth).values], 1))
+    assert names_of(batches, "x") == ["batch1", "batch2"]
+    assert "counts per cell" in conditions.get_xlabel()
+
+
+def test_predictive_check_leaves_out_the_spread_of_conditions_with_one_cell(check):
+    condition = check.condition.copy(deep=True)
+    condition["observed_depth"][1, 0] = 0.0
+    drawn = plots.predictive_check(replace(check, condition=condition)).axes[3].containers[1].lines[0].get_ydata()
+    assert np.isnan(drawn).tolist() == [True] + [False] * (len(drawn) - 1)
+
+
+def test_predictive_check_tail_probabilities_are_shares_of_all(check):
+    tails = plots.predictive_check(check).axes[5]
+    assert len(tails.patches) == 3
+    for steps, statistic in zip(tails.patches, plots._STATISTIC, strict=True):
+        values, edges, _ = steps.get_data()
+        expected, _ = np.histogram(check.condition.tail_probability.sel(statistic=statistic), bins=10, range=(0, 1))
+        np.testing.assert_allclose(values, 100 * expected / expected.sum())
+        assert (edges[0], edges[-1]) == (0, 1)
+
+
+def test_effects_draws_perturbations_by_genes_the_most_probable_on_top(hits):
+    heatmap, intervals = plots.effects(hits, hits.gene.values.tolist()).axes[:2]
+    at = hits.isel(condition=(hits.time.values == 2.0) & (hits.media.values == "rest"))
+    first, second = hits.tested_perturbation.values
+    np.testing.assert_array_equal(heatmap.images[0].get_array(), at.log_fold_change.values[::-1])
+    assert names_of(heatmap) == [f"● {second}", first]
+    assert [label.get_fontweight() for label in heatmap.get_yticklabels()] == ["bold", "normal"]
+    assert names_of(heatmap, "x") == [*hits.gene.values[:-1], r"\$\frac"]
+    assert heatmap.get_title() == "Change of each gene at day 2, rest"
+    low, high = heatmap.images[0].get_clim()
+    assert low == -high
+    sure = np.argwhere((at.lower.values[::-1] > 0) | (at.upper.values[::-1] < 0))
+    np.testing.assert_array_equal(heatmap.collections[0].get_offsets()[:, ::-1], sure)
+    assert "90 %" in intervals.get_xlabel()
+
+
+def test_effects_intervals_are_those_of_the_data_the_surest_first(hits):
+    intervals = plots.effects(hits, time=1, media="BMP4").axes[1]
+    at = hits.isel(condition=(hits.time.values == 1.0) & (hits.media.values == "BMP4")).swap_dims(condition="perturbation")
+    away = []
+    drawn = zip(names_of(intervals), intervals.collections[0].get_segments(), intervals.lines[0].get_xdata(), strict=True)
+    for name, segment, middle in drawn:
+        perturbation, gene = name.replace("\\$", "$").split(": ")
+        one = at.sel(perturbation=perturbation, gene=gene)
+        assert (segment[0, 0], segment[1, 0], middle) == (one.lower, one.upper, one.log_fold_change)
+        away.append(max(float(one.lower), -float(one.upper)))
+    assert len(away) == 16
+    assert away == sorted(away, reverse=True)
+    assert intervals.get_ylim() == (15.5, -0.5)
+
+
+def test_effects_of_one_perturbation_are_named_by_gene(hits):
+    name = str(hits.perturbation.values[0])
+    intervals = plots.effects(hits, hits.gene.values[:3].tolist(), perturbation=name).axes[1]
+    assert sorted(names_of(intervals)) == sorted(hits.gene.values[:3])
+    assert intervals.get_title() == f"Surest changes after {name}"
+
+
+def test_effects_chooses_the_genes_that_change_most_surely(hits):
+    shown = names_of(plots.effects(hits, n_genes=3).axes[0], "x")
+    at = hits.isel(condition=(hits.time.values == 2.0) & (hits.media.values == "rest"))
+    surest = np.argsort(-np.maximum(at.lower, -at.upper).max("condition").values)[:3]
+    assert {name.replace("\\$", "$") for name in shown} == set(hits.gene.values[surest])
+    assert names_of(plots.effects(hits, "G3").axes[0], "x") == ["G3"]
+
+
+def test_effects_against_a_perturbation_has_no_hits(hits):
+    other = hits.drop_vars(["hit", "log_evidence"]).assign_attrs(against="G1$")
+    heatmap, _, colours = plots.effects(other).axes
+    assert not any("●" in name for name in [*names_of(heatmap), heatmap.get_xlabel()])
+    assert colours.get_ylabel() == r"log fold change against G1\$ [natural log]"
+
+
+def test_effects_names_rows_by_condition_where_a_perturbation_occurs_twice(hits):
+    twice = hits.assign_coords(perturbation=("condition", np.repeat(hits.perturbation.values[:1], hits.sizes["condition"])))
+    rows = names_of(plots.effects(twice).axes[0])
+    at = (hits.time.values == 2.0) & (hits.media.values == "rest")
+    assert sorted(row.removeprefix("● ") for row in rows) == sorted(hits.condition.values[at])
+
+
+def test_effects_of_a_fit_are_drawn(fit):
+    figure = plots.effects(pb.effects(fit, n_draws=3))
+    figure.canvas.draw()
+    assert figure.axes[0].images[0].get_array().shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"genes": ["G1", "G33"]}, "no gene 'G33' here. Did you mean 'G3'"),
+        ({"genes": []}, "No gene to draw"),
+        ({"perturbation": "nobody"}, "no perturbation 'nobody' here. Known: G"),
+        ({"media": "BMP"}, "no media 'BMP' here. Did you mean 'BMP4'"),
+        ({"time": 7.0}, "No effect was fitted at day 7 in media 'rest'. Known times: 1, 2"),
+        ({"n_genes": 0}, "n_genes must be at least 1; got 0"),
+    ],
+)
+def test_effects_refuses_what_is_not_there(hits, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plots.effects(hits, **arguments)
+
+
+def test_effects_refuses_a_screen_without_perturbations(hits):
+    with pytest.raises(ValueError, match="no perturbed condition"):
+        plots.effects(hits.isel(condition=[]))
+
+
+def test_layout_counts_cells_with_control_on_top(screen):
+    (axes, _) = plots.layout(screen).axes
+    counts = axes.images[0].get_array()
+    rows, columns = names_of(axes), names_of(axes, "x")
+    assert rows == ["control", *screen.perturbations]
+    assert columns[0] == "rest · day 1 · batch1"
+    assert columns[-1] == "BMP4 · day 2 · batch2"
+    assert counts.sum() == screen.n_cells
+    for row, name in enumerate(rows):
+        for column, label in enumerate(columns):
+            media, time, batch = label.split(" · ")
+            summary = screen.summary().loc[(name, media, float(time.removeprefix("day "))), batch]
+            assert counts[row, column] == summary
+    assert sorted(int(text.get_text()) for text in axes.texts) == sorted(counts.ravel().tolist())
+    assert [line.get_ydata()[0] for line in axes.lines] == [0.5]
+
+
+def test_layout_leaves_empty_fields_blank_and_drops_empty_columns(screen):
+    part = screen[[p.perturbation == "control" or p.time == 1.0 for p in np.array(screen.conditions, dtype=object)[screen.condition]]]
+    late_control = np.array([p.perturbation == "control" and p.time == 2.0 for p in part.conditions])[part.condition]
+    part = part[~late_control | (part.batch == 0)]
+    axes = plots.layout(part).axes[0]
+    counts = axes.images[0].get_array()
+    assert [name.split(" · ", 1)[1] for name in names_of(axes, "x")] == ["day 1 · batch1", "day 1 · batch2", "day 2 · batch1"] * 2
+    assert np.ma.getmaskarray(counts).tolist() == [[False] * 6, *[[False, False, True] * 2] * 2]
+    assert len(axes.texts) == counts.count()
+
+
+def test_layout_of_one_media_names_time_and_batch_only(screen):
+    rest = screen[[p.media is None for p in np.array(screen.conditions, dtype=object)[screen.condition]]]
+    axes = plots.layout(rest).axes[0]
+    assert axes.get_xlabel() == "time · batch"
+    assert names_of(axes, "x")[0] == "day 1 · batch1"
+
+
+def test_a_missing_matplotlib_is_named_with_what_to_install(fit, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install perturbprob\[plots\]"):
+        plots.losses(fit)
