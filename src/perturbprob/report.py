@@ -141,15 +141,10 @@ def _hits(hits: xr.Dataset) -> str:
 
 def _hit(hits: xr.Dataset, one: xr.Dataset) -> tuple[object, ...]:
     """Return the row of one hit."""
-    name, evidence = str(one["tested_perturbation"].values), float(one["log_evidence"])
-    share = f"{100 * float(one['false_discovery_share']):.2g} %"
-    return (
-        name,
-        f"{float(one['probability']):.3f}",
-        f"{evidence:.1f}",
-        share,
-        "; ".join(_surest(hits, name)) or "none whose interval leaves out 0",
-    )
+    name, share = str(one["tested_perturbation"].values), 100 * float(one["false_discovery_share"])
+    said = f"{share:.2g} %" if share > 0.01 else "at most 0.01 %"
+    changes = "; ".join(_surest(hits, name)) or "none whose interval leaves out 0"
+    return name, f"{float(one['probability']):.3f}", f"{float(one['log_evidence']):.1f}", said, changes
 
 
 def _surest(hits: xr.Dataset, name: str, n: int = 5) -> list[str]:

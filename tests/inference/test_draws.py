@@ -42,7 +42,9 @@ def test_each_draw_has_one_global_over_all_cells(minibatch: int) -> None:
 
 
 def test_draws_do_not_depend_on_the_minibatch_for_their_globals() -> None:
-    first, second = (next(pb.coherent_draws(one_global, one_global_guide, torch.arange(N_CELLS).split(m), 1, seed=4))["g"] for m in (10, 100))
+    first, second = (
+        next(pb.coherent_draws(one_global, one_global_guide, torch.arange(N_CELLS).split(m), 1, seed=4))["g"] for m in (10, 100)
+    )
     assert first == second
 
 

@@ -67,7 +67,10 @@ def test_observed_intervals_hold_the_sampling_noise(fit: pb.Fit, screen: pb.Scre
 
 
 def test_a_new_batch_is_less_certain_than_a_known_one(fit: pb.Fit, screen: pb.Screen) -> None:
-    widths = [float((a["upper"] - a["lower"]).mean()) for a in (pb.predict(fit, screen.conditions[0], n_draws=100, batch=b) for b in ("batch1", "new"))]
+    widths = [
+        float((a["upper"] - a["lower"]).mean())
+        for a in (pb.predict(fit, screen.conditions[0], n_draws=100, batch=b) for b in ("batch1", "new"))
+    ]
     assert widths[1] > widths[0]
 
 

@@ -20,7 +20,11 @@ def saved(fit: pb.Fit, tmp_path: Path) -> Path:
 
 def test_a_loaded_fit_predicts_bit_identically(fit: pb.Fit, screen: pb.Screen, saved: Path) -> None:
     again = pb.load(saved)
-    for kind in ({"scale": "log1p", "batch": "batch1"}, {"scale": "rate", "batch": "average"}, {"scale": "counts", "interval": "observed", "n_cells": 50, "batch": "new"}):
+    for kind in (
+        {"scale": "log1p", "batch": "batch1"},
+        {"scale": "rate", "batch": "average"},
+        {"scale": "counts", "interval": "observed", "n_cells": 50, "batch": "new"},
+    ):
         assert pb.predict(fit, n_draws=3, **kind).identical(pb.predict(again, n_draws=3, **kind))
     assert pb.effects(fit, n_draws=3).identical(pb.effects(again, n_draws=3))
     assert pb.log_density(fit, screen[:50], 3, n_draws=2).identical(pb.log_density(again, screen[:50], 3, n_draws=2))
@@ -69,7 +73,7 @@ def test_no_fit_there(tmp_path: Path) -> None:
 def test_unknown_version(saved: Path) -> None:
     values = json.loads((saved / "fit.json").read_text())
     (saved / "fit.json").write_text(json.dumps(values | {"format": 99}))
-    with pytest.raises(ValueError, match="format version 99; this perturbprob reads 1. Update"):
+    with pytest.raises(ValueError, match=r"format version 99; this perturbprob reads 1\. Update"):
         pb.load(saved)
 
 
@@ -108,5 +112,5 @@ def test_a_pickle_inside_is_not_run(saved: Path) -> None:
 
 def test_tensors_of_another_fit(saved: Path) -> None:
     torch.save({"model": {}, "guide": {}}, saved / "tensors.pt")
-    with pytest.raises(ValueError, match="does not fit fit.json"):
+    with pytest.raises(ValueError, match=r"does not fit fit\.json"):
         pb.load(saved)

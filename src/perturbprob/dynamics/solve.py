@@ -47,7 +47,9 @@ class Solver:
     ``max_steps``, and beyond that `SolverError` names the worst cell.
     """
 
-    def __init__(self, method: str = "rk4", *, n_steps: int = 2, max_steps: int = 128, tolerance: float = 1e-3, check_every: int = 50) -> None:
+    def __init__(
+        self, method: str = "rk4", *, n_steps: int = 2, max_steps: int = 128, tolerance: float = 1e-3, check_every: int = 50
+    ) -> None:
         """Choose the method and its accuracy."""
         if n_steps < 1 or max_steps < n_steps or tolerance <= 0 or check_every < 1:
             raise ValueError("A solver needs 1 <= n_steps <= max_steps, a tolerance above 0 and check_every of at least 1.")

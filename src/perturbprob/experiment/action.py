@@ -160,7 +160,9 @@ class Protocol:
         try:
             return cls(_read(ast.parse(text.strip(), mode="eval").body))
         except (SyntaxError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"Cannot read {text!r} as a protocol. Write it like Knockout('NANOG') >> Media('TGFB1') >> Wait(5).") from error
+            raise ValueError(
+                f"Cannot read {text!r} as a protocol. Write it like Knockout('NANOG') >> Media('TGFB1') >> Wait(5)."
+            ) from error
 
     @property
     def perturbations(self) -> tuple[Perturbation, ...]:

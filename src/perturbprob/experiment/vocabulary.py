@@ -131,5 +131,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"Did you mean {' or '.join(map(repr, close))}?"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"Known: {shown}." if names else "There is none."
-
-

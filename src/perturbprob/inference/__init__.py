@@ -8,4 +8,16 @@ from perturbprob.inference.posterior import posterior, prior
 from perturbprob.inference.predict import AliasedWarning, predict
 from perturbprob.inference.storage import load
 
-__all__ = ["AliasedWarning", "Fit", "NonFiniteLoss", "coherent_draws", "effects", "fit", "load", "log_density", "posterior", "predict", "prior"]
+__all__ = [
+    "AliasedWarning",
+    "Fit",
+    "NonFiniteLoss",
+    "coherent_draws",
+    "effects",
+    "fit",
+    "load",
+    "log_density",
+    "posterior",
+    "predict",
+    "prior",
+]

@@ -37,10 +37,13 @@ def importance(model: "CellModel", guide: "Guide", sites: Sites, cells: Cells, p
 
 
 @torch.no_grad()
-def log_density(fit: "Fit", screen: "Screen", particles: int = 100, *, n_draws: int = 10, minibatch: int = 256, seed: int = 0) -> xr.DataArray:
+def log_density(
+    fit: "Fit", screen: "Screen", particles: int = 100, *, n_draws: int = 10, minibatch: int = 256, seed: int = 0
+) -> xr.DataArray:
     """Return the log predictive density of each cell of a screen, dim (cell,), in nats.
 
-    log (1/S) Σ_s (1/K) Σ_k p(x | z_k, globals_s) p(z_k) / q(z_k | x): the log of the mean over ``n_draws`` global draws of the importance average
+    log (1/S) Σ_s (1/K) Σ_k p(x | z_k, globals_s) p(z_k) / q(z_k | x): the log of the mean over ``n_draws`` global draws of the
+    importance average
     over ``particles`` draws of z₀. Comparable between models on the same cells and genes; divide by the number of genes for a
     density per count. The importance average is biased low by less the more particles there are. The screen may be the training screen
     or held-out cells; a held-out condition whose perturbation and media are known is allowed.
@@ -61,4 +64,6 @@ def log_density(fit: "Fit", screen: "Screen", particles: int = 100, *, n_draws: 
     for number, cells in enumerate(table.minibatches(minibatch)):
         each = [importance(fit.model, fit.guide, sites, cells, particles, seed=seed + 7919 * number + k) for k, sites in enumerate(draws)]
         values.append(torch.logsumexp(torch.stack(each), 0) - math.log(n_draws))
-    return xr.DataArray(torch.cat(values).cpu().numpy().astype(np.float64), dims="cell", coords={"cell": list(screen.cells)}, name="log_density")
+    return xr.DataArray(
+        torch.cat(values).cpu().numpy().astype(np.float64), dims="cell", coords={"cell": list(screen.cells)}, name="log_density"
+    )

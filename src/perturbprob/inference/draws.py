@@ -1,7 +1,8 @@
 """Coherent draws: one value of every global site per draw, the same for all cells and minibatches."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro
 import torch
@@ -48,22 +49,12 @@ def _sites(run: Callable[[], Sites]) -> Sites:
     return values | trace.nodes["_RETURN"]["value"]
 
 
-class seeded:  # noqa: N801
-    """Run a block under a seed of its own and give the random state back."""
-
-    def __init__(self, *seed: int) -> None:
-        """Mix the parts of the seed."""
-        self.seed = sum(part * factor for part, factor in zip(seed, (1, 1_000_003, 998_244_353), strict=False)) % 2**31
-
-    def __enter__(self) -> None:
-        """Seed."""
-        self.fork = torch.random.fork_rng(devices=[])
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        """Give the state back."""
-        self.fork.__exit__(*error)
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Run a block under a seed of its own, mixed from several numbers, and give the user's random state back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(part * factor for part, factor in zip(seed, (1, 1_000_003, 998_244_353), strict=False)) % 2**31)
+        yield
 
 
 @torch.no_grad()
@@ -80,12 +71,12 @@ def coherent_draws(
     batches = list(minibatches)
     for k in range(n_draws):
         with seeded(seed, k):
-            shared, local = pyro.poutine.Trace(), {}
+            shared, local = pyro.poutine.Trace(), cast("dict[str, list[Tensor]]", {})
             for cells in batches:
                 guided = pyro.poutine.trace(pyro.poutine.replay(guide, shared)).get_trace(cells)
                 modelled = pyro.poutine.trace(pyro.poutine.replay(model, guided)).get_trace(cells)
                 for name, site in modelled.nodes.items():
-                    if site["type"] != "sample" or site["is_observed"] and "_deterministic" not in site["infer"]:
+                    if site["type"] != "sample" or (site["is_observed"] and "_deterministic" not in site["infer"]):
                         continue
                     if any(frame.name == plate for frame in site["cond_indep_stack"]):
                         local.setdefault(name, []).append(site["value"])

@@ -26,8 +26,10 @@ def effects(
 ) -> xr.Dataset:
     """Return the log fold change of every gene in every fitted condition against control, and which perturbations are hits.
 
-    A Dataset with, over (condition, gene): ``log_fold_change`` (natural log of the ratio of expected shares, averaged over cells, at η = 0),
-    ``lower`` and ``upper`` (the central interval of probability ``level``) and ``local_false_sign_rate`` (the posterior probability that the
+    A Dataset with, over (condition, gene): ``log_fold_change`` (natural log of the ratio of expected shares, averaged over cells, at
+    η = 0),
+    ``lower`` and ``upper`` (the central interval of probability ``level``) and ``local_false_sign_rate`` (the posterior probability
+    that the
     sign is not that of the mean); and over (perturbation,):
 
     - ``log_evidence``, the log Bayes factor against the perturbation doing nothing (see `log_evidence` of the training cells);

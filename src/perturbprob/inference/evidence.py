@@ -23,7 +23,8 @@ def log_evidence(model: CellModel, guide: Guide, screen: "Screen") -> dict[str, 
 
     Both sides are evaluated on the perturbation's own cells, with and without its mark and condition effects; what all cells
     share stays at its posterior centre. The side with effects e pays for them by Laplace's method,
-    log BF = Σ_cells log p(x | ê) / p(x | 0) − ½ Σ_j [(ê_j − m_j)² / v_j + log v_j / s_j], with m_j, v_j the prior mean and variance of an effect and s_j its
+    log BF = Σ_cells log p(x | ê) / p(x | 0) − ½ Σ_j [(ê_j − m_j)² / v_j + log v_j / s_j], with m_j, v_j the prior mean and variance
+    of an effect and s_j its
     posterior variance. An effect that the cells do not ask for has ê near 0 and s_j near v_j, and brings nothing.
     """
     sites, names = centre(model, guide), [p.perturbation if p.perturbations else "" for p in screen.conditions]
@@ -46,7 +47,9 @@ def log_evidence(model: CellModel, guide: Guide, screen: "Screen") -> dict[str, 
 def _parts(name: str, model: CellModel, screen: "Screen") -> set[str]:
     """Return the perturbations and condition terms that a perturbation's name stands for."""
     perturbations = {repr(a) for p in screen.conditions if p.perturbation == name for a in p.perturbations}
-    return perturbations | {repr(t) for t in model.condition_effect.terms if perturbations & set(t) and set(t) - perturbations <= _media(model)}
+    return perturbations | {
+        repr(t) for t in model.condition_effect.terms if perturbations & set(t) and set(t) - perturbations <= _media(model)
+    }
 
 
 def _media(model: CellModel) -> set[str]:

@@ -52,8 +52,13 @@ class Fit:
     def __repr__(self) -> str:
         """Say in one line what was fitted."""
         names = self.model.vocabulary
-        done = f"{len(self.losses['train'])} epochs, -ELBO {self.losses['train'][-1]:.4f} per cell and gene" if self.losses["train"] else "untrained"
-        return f"Fit({len(self.trained_on['cells'])} cells × {len(names.genes)} genes, {len(self.trained_on['conditions'])} conditions, {done})"
+        done = (
+            f"{len(self.losses['train'])} epochs, -ELBO {self.losses['train'][-1]:.4f} per cell and gene"
+            if self.losses["train"]
+            else "untrained"
+        )
+        cells, conditions = len(self.trained_on["cells"]), len(self.trained_on["conditions"])
+        return f"Fit({cells} cells × {len(names.genes)} genes, {conditions} conditions, {done})"
 
     def report(self, path: str | Path | None = None) -> str:
         """Return how the training went and a verdict on convergence, in words; with a path, also write the HTML report there."""
@@ -104,7 +109,8 @@ def fit(
     32 and at most 256), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
-    is kept). Over the first ``warmup`` epochs the weight of each cell's KL term rises to 1. ``seed`` fixes the start of the guide, the order of the cells and all draws; the user's own random state is left alone.
+    is kept). Over the first ``warmup`` epochs the weight of each cell's KL term rises to 1. ``seed`` fixes the start of the guide,
+    the order of the cells and all draws; the user's own random state is left alone.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
@@ -203,7 +209,7 @@ class _Training:
 
     @torch.no_grad()
     def _validation(self) -> float:
-        """Return the negative ELBO of the held-out cells given one draw of the global sites, per cell and gene; the same noise every time."""
+        """Return the held-out cells' negative ELBO given one draw of the globals, per cell and gene; the same noise each time."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             total = 0.0
@@ -227,8 +233,9 @@ class _Training:
         genes = [self.screen.genes[int(g)] for g in torch.where(wrong.any(0))[0][:3]] or ["none by itself"]
         where = sorted({self.screen.batches[b] for b in self.screen.batch[worst.numpy()]})
         return (
-            f"The loss is not finite at step {self.step} (site {', '.join(dict.fromkeys(bad)) or 'gradient'}; batch {', '.join(where[:3])}; "
-            f"worst cells {', '.join(self.screen.cells[int(c)] for c in worst[:3])}; genes {', '.join(genes)}). The last good parameters are kept "
+            f"The loss is not finite at step {self.step} (site {', '.join(dict.fromkeys(bad)) or 'gradient'}; "
+            f"batch {', '.join(where[:3])}; worst cells {', '.join(self.screen.cells[int(c)] for c in worst[:3])}; "
+            f"genes {', '.join(genes)}). The last good parameters are kept "
             "in error.fit. Look at these cells' counts and size factors, or lower learning_rate."
         )
 

@@ -9,8 +9,6 @@ from perturbprob.inference.draws import centre
 from perturbprob.model.cells import CellTable
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
     from perturbprob.experiment.screen import Screen
     from perturbprob.inference.fit import Fit
 

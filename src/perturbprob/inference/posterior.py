@@ -1,7 +1,7 @@
 """Draws of what all cells share, as ArviZ InferenceData with named dimensions."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import xarray as xr
@@ -60,7 +60,9 @@ def prior(model: "CellModel", screen: "Screen", n_draws: int = 200, *, seed: int
     """
     check_draws(n_draws)
     if tuple(screen.genes) != model.vocabulary.genes:
-        raise ValueError(f"The model knows {len(model.vocabulary.genes)} genes and the screen {screen.n_genes} others: build the model from this screen.")
+        raise ValueError(
+            f"The model knows {len(model.vocabulary.genes)} genes and the screen {screen.n_genes} others: build the model from this screen."
+        )
     return _inference_data("prior", model, global_draws(model, None, n_draws, seed))
 
 
@@ -70,8 +72,8 @@ def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "
 
     dataset = _dataset(model, draws)
     if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**{group: dataset})
-    return xr.DataTree.from_dict({group: dataset})
+        return arviz.InferenceData(warn_on_custom_groups=False, **{group: dataset})
+    return cast("InferenceData", xr.DataTree.from_dict({group: dataset}))
 
 
 def _dataset(model: "CellModel", draws: Iterable[Sites]) -> xr.Dataset:

@@ -57,14 +57,14 @@ def predict(
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, n_batches=1, seed=1).screen
-    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False) 
-    >>> pb.predict(fit, screen.conditions[-1], n_draws=4).sizes 
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> pb.predict(fit, screen.conditions[-1], n_draws=4).sizes
     Frozen({'condition': 1, 'gene': 10})
     """
     check_draws(n_draws)
     _check_choices(scale, interval, level, n_cells)
     protocols = _protocols(fit, conditions)
-    batches = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
+    batches: list[str | None] = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
     if len(batches) != len(protocols):
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     if None in batches:
@@ -84,7 +84,9 @@ def _check_choices(scale: str, interval: str, level: float, n_cells: int | None)
     if interval not in ("mean", "observed"):
         raise ValueError(f"Unknown interval {interval!r}. Use 'mean', or 'observed' with n_cells=.")
     if (interval == "observed") != (n_cells is not None) or (n_cells is not None and n_cells < 1):
-        raise ValueError("interval='observed' goes with n_cells=, the number of cells (at least 1) whose mean is observed; 'mean' goes without.")
+        raise ValueError(
+            "interval='observed' goes with n_cells=, the number of cells (at least 1) whose mean is observed; 'mean' goes without."
+        )
     if not 0 < level < 1:
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")
 
@@ -108,8 +110,9 @@ def _say_aliased(fit: "Fit") -> None:
     if with_batch:
         words = " and ".join([", ".join(with_batch), "batch"])
         warnings.warn(
-            f"{words} are aliased in this screen: each batch holds one {with_batch[0]}, so what all cells of a {with_batch[0]} share cannot be told from "
-            "its batch effect, and the prediction at η = 0 may lack it. Name batch= to predict what that batch would show.",
+            f"{words} are aliased in this screen: each batch holds one {with_batch[0]}, so what all cells of a {with_batch[0]} share "
+            "cannot be told from its batch effect, and the prediction at η = 0 may lack it. Name batch= to predict what that batch "
+            "would show.",
             AliasedWarning,
             stacklevel=3,
         )
@@ -137,7 +140,9 @@ class Expectation:
     into memory.
     """
 
-    def __init__(self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0) -> None:
+    def __init__(
+        self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0
+    ) -> None:
         """Encode the protocols and place the points."""
         self.fit, self.model, self.batches = fit, fit.model, list(batches)
         names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device

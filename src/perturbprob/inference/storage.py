@@ -93,7 +93,9 @@ def _field(recipe: dict[str, Any], modules: dict[str, nn.Module]) -> nn.Module |
     if wanted is None and modules:
         raise ValueError(f"This fit has no custom module; modules= names {', '.join(modules)}.")
     if wanted is not None and "field" not in modules:
-        raise ValueError(f"This fit was made with a field of your own, {wanted}: pass load(path, modules={{'field': {wanted.split('.')[-1]}(...)}}).")
+        raise ValueError(
+            f"This fit was made with a field of your own, {wanted}: pass load(path, modules={{'field': {wanted.split('.')[-1]}(...)}})."
+        )
     return modules.get("field")
 
 

@@ -40,7 +40,9 @@ class BatchEffect(PyroModule):
         self.register_buffer("share", share)
         self.register_buffer("basis", zero_sum_basis(n_batches))
         if n_batches == 1:
-            warnings.warn("The screen has one batch: its batch effect is fixed to 0. Name the batch column if there are several.", stacklevel=3)
+            warnings.warn(
+                "The screen has one batch: its batch effect is fixed to 0. Name the batch column if there are several.", stacklevel=3
+            )
 
     def forward(self) -> Float[Tensor, "batch gene"]:
         """Sample η above the cell plate; the sites are batch_scale_overall, batch_scale, batch_coordinate, batch_effect."""

@@ -28,7 +28,11 @@ class CountLaw(TorchDistribution):
     0.0658
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {"log_rate": constraints.real, "dispersion": constraints.positive, "gate": constraints.unit_interval}
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "log_rate": constraints.real,
+        "dispersion": constraints.positive,
+        "gate": constraints.unit_interval,
+    }
     support = constraints.nonnegative_integer
 
     def __init__(
@@ -138,9 +142,7 @@ class CountHead(nn.Module, ABC):
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
         """Sample the sites that all cells share, by name."""
 
-    def forward(
-        self, log_rate: Float[Tensor, "*plate gene"], dispersion: Tensor | None = None, gate: Tensor | None = None
-    ) -> CountLaw:
+    def forward(self, log_rate: Float[Tensor, "*plate gene"], dispersion: Tensor | None = None, gate: Tensor | None = None) -> CountLaw:
         """Return the law of the counts."""
         return CountLaw(log_rate, dispersion, gate)
 

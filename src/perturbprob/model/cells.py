@@ -53,10 +53,18 @@ class CellTable:
         names = model.vocabulary
         if tuple(screen.genes) != names.genes:
             missing = sorted(set(names.genes) - set(screen.genes))
-            found = f"{len(missing)} of its genes are missing, such as {missing[:3]}" if missing else "the same genes are in another order or beside others"
-            raise ValueError(f"The model knows {len(names.genes)} genes and the screen holds {screen.n_genes}; {found}. Take adata[:, genes] first.")
+            found = (
+                f"{len(missing)} of its genes are missing, such as {missing[:3]}"
+                if missing
+                else "the same genes are in another order or beside others"
+            )
+            raise ValueError(
+                f"The model knows {len(names.genes)} genes and the screen holds {screen.n_genes}; {found}. Take adata[:, genes] first."
+            )
         if screen.time_unit != names.time_unit:
-            raise ValueError(f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first.")
+            raise ValueError(
+                f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first."
+            )
         self.model, self.screen = model, screen
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
         times = [p.time / names.time_scale for p in protocols]

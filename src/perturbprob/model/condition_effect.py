@@ -44,7 +44,12 @@ class FromRest(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, scale: Float[Tensor, "node gene"], gap: Float[Tensor, " node"], memory: Tensor, previous: Int[Tensor, " node"], depth: Int[Tensor, " node"]
+        self,
+        scale: Float[Tensor, "node gene"],
+        gap: Float[Tensor, " node"],
+        memory: Tensor,
+        previous: Int[Tensor, " node"],
+        depth: Int[Tensor, " node"],
     ) -> None:
         """Keep the nodes."""
         self.scale, self.previous, self.depth = scale, previous, depth
@@ -107,7 +112,9 @@ class ConditionEffect(PyroModule):
             depth.append(depth[-1] + 1 if chained else 0)
         gap = [n.time - (self.nodes[k - 1].time if follows[k] else 0.0) for k, n in enumerate(self.nodes)]
         self.register_buffer("gap", torch.tensor(gap, dtype=torch.float32).clamp(min=1e-6), persistent=False)
-        self.register_buffer("previous", torch.tensor([k - 1 if c else len(gap) for k, c in enumerate(follows)], dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "previous", torch.tensor([k - 1 if c else len(gap) for k, c in enumerate(follows)], dtype=torch.long), persistent=False
+        )
         self.register_buffer("depth", torch.tensor(depth, dtype=torch.long), persistent=False)
         self.register_buffer("term", torch.tensor([self.terms.index(n.term) for n in self.nodes], dtype=torch.long), persistent=False)
 

@@ -39,9 +39,9 @@ class Guide(PyroModule):
 
     1. scales, dispersion, gate, latent effects: independent normal laws on the unconstrained line;
     2. for each gene, its bias and its batch effects together: a normal law with full covariance;
-    3. condition effects given these: r = μ − w ⊙ (what the batches of those cells carry − its mean) + σ ε. The counts fix the sum of bias, η
-       and r, so where one goes up the other comes down; independent laws are then too narrow (intervals for fold changes and η
-       covered 0.55-0.79 instead of 0.9 in a trial with unequal batches).
+    3. condition effects given these: r = μ − w ⊙ (what the batches of those cells carry − its mean) + σ ε. The counts fix the
+       sum of bias, η and r, so where one goes up the other comes down; independent laws are then too narrow (intervals for fold
+       changes and η covered 0.55-0.79 instead of 0.9 in a trial with unequal batches).
 
     The rest state of each cell comes from the `Encoder`. ``node_batch`` (node, batch) is the share of each batch in the cells of a
     condition-effect node.
@@ -103,7 +103,9 @@ class Guide(PyroModule):
         """Sample bias and batch effects of each gene together; return how far each batch's sum of both is from its mean."""
         scale = self.block_log_scale.exp()
         tril = torch.tril(self.block_lower, -1) * scale[:, :, None] + torch.diag_embed(scale)
-        block = pyro.sample("gene_block", dist.MultivariateNormal(self.block_loc, scale_tril=tril).to_event(1), infer={"is_auxiliary": True})
+        block = pyro.sample(
+            "gene_block", dist.MultivariateNormal(self.block_loc, scale_tril=tril).to_event(1), infer={"is_auxiliary": True}
+        )
         pyro.sample("gene_bias", dist.Delta(block[:, 0], event_dim=1))
         if "batch_coordinate" in self.blocked:
             pyro.sample("batch_coordinate", dist.Delta(block[:, 1:].T, event_dim=2))

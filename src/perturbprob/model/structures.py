@@ -37,7 +37,8 @@ def node(
 
     ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
     "zero_inflated_negative_binomial", "negative_binomial", "poisson"; ``field`` any module ``field(z, perturbation, media, clock)``
-    that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq; ``seed`` starts the networks. The screen gives names and the
+    that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq; ``seed`` starts the networks. The screen
+    gives names and the
     share of each gene in all counts; nothing of it is kept.
     """
     if n_latent < 1:

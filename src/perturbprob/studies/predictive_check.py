@@ -1,6 +1,8 @@
 """Does the model make data like the data? Observed statistics beside those of replicated screens."""
 
+import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -28,8 +30,10 @@ LARGE = 2e9
 class PredictiveCheck:
     """Observed against replicated, for all cells (``gene``), per condition and per batch.
 
-    Each Dataset holds ``observed``, ``replicated`` (mean over draws), ``replicated_sd`` and ``tail_probability`` over (statistic, [group,] gene), and the
-    same with the suffix ``_depth`` over (depth_statistic, [group]) for the mean and standard deviation of the cells' depth. ``tail_probability`` is the share of
+    Each Dataset holds ``observed``, ``replicated`` (mean over draws), ``replicated_sd`` and ``tail_probability`` over (statistic,
+    [group,] gene), and the
+    same with the suffix ``_depth`` over (depth_statistic, [group]) for the mean and standard deviation of the cells' depth.
+    ``tail_probability`` is the share of
     draws whose replicate is above the observed value, ties half: near 0 or 1 the model does not make such data.
     """
 
@@ -43,10 +47,14 @@ class PredictiveCheck:
         lines = [f"Posterior predictive check, {self.n_draws} replicated screens."]
         for statistic in STATISTICS:
             part = self.gene.sel(statistic=statistic)
-            lines.append(f"  {statistic:13s} over genes: observed {float(part.observed.mean()):.4g}, replicated {float(part.replicated.mean()):.4g}")
+            lines.append(
+                f"  {statistic:13s} over genes: observed {float(part.observed.mean()):.4g}, replicated {float(part.replicated.mean()):.4g}"
+            )
         for name, table in (("condition", self.condition), ("batch", self.batch)):
             outside = ((table.tail_probability.sel(statistic="mean") < 0.05) | (table.tail_probability.sel(statistic="mean") > 0.95)).mean()
-            lines.append(f"  means per {name} and gene outside the central 90 % of replicates: {100 * float(outside):.0f} % (10 % expected)")
+            lines.append(
+                f"  means per {name} and gene outside the central 90 % of replicates: {100 * float(outside):.0f} % (10 % expected)"
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -55,7 +63,9 @@ class PredictiveCheck:
 
 
 @torch.no_grad()
-def predictive_check(fit: "Fit", screen: "Screen", *, n_draws: int = 50, minibatch: int = 1024, seed: int = 0, progress: bool = True) -> PredictiveCheck:
+def predictive_check(
+    fit: "Fit", screen: "Screen", *, n_draws: int = 50, minibatch: int = 1024, seed: int = 0, progress: bool = True
+) -> PredictiveCheck:
     """Replicate a screen from the posterior and compare statistics, without ever holding cells × genes × draws.
 
     Every cell is replicated from rest: z₀ is drawn from its prior, so what is checked is the model's own story of the cell's
@@ -66,23 +76,31 @@ def predictive_check(fit: "Fit", screen: "Screen", *, n_draws: int = 50, minibat
     table, groups = CellTable(fit.model, screen), _Groups(screen)
     needed = 8.0 * 12 * groups.n_pairs * screen.n_genes
     if needed > LARGE:
-        warnings.warn(f"The check will hold {needed / 1e9:.1f} GB of statistics ({groups.n_pairs} condition-batch pairs). Check fewer genes.", stacklevel=2)
-    observed = groups.levels(sum(groups.sums(cells.counts, start) for start, cells in _numbered(table, minibatch)))
+        warnings.warn(
+            f"The check will hold {needed / 1e9:.1f} GB of statistics ({groups.n_pairs} condition-batch pairs). Check fewer genes.",
+            stacklevel=2,
+        )
+    observed = groups.levels(_sum(groups.sums(cells.counts, start) for start, cells in _numbered(table, minibatch)))
     running = {level: _Running(value) for level, value in observed.items()}
     draws = enumerate(global_draws(fit.model, fit.guide, n_draws, seed))
     for k, draw in tqdm(draws, total=n_draws, desc="check", unit="draw", disable=not progress, leave=False):
         with seeded(seed, k, 3):
             sites = table.sites(draw)
-            total = sum(groups.sums(_replicate(fit, sites, cells), start) for start, cells in _numbered(table, minibatch))
+            total = _sum(groups.sums(_replicate(fit, sites, cells), start) for start, cells in _numbered(table, minibatch))
         for level, value in groups.levels(total).items():
             running[level].add(value)
     named = {level: running[level].dataset(screen, level) for level in running}
     return PredictiveCheck(gene=named["all"], condition=named["condition"], batch=named["batch"], n_draws=n_draws)
 
 
-def _numbered(table: CellTable, minibatch: int) -> list[tuple[int, Cells]]:
-    """Return a lazy iterator over minibatches and the number of their first cell."""
+def _numbered(table: CellTable, minibatch: int) -> Iterator[tuple[int, Cells]]:
+    """Iterate over minibatches and the number of their first cell."""
     return ((start * minibatch, cells) for start, cells in enumerate(table.minibatches(minibatch)))
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    """Add up tensors, holding two at a time."""
+    return functools.reduce(torch.add, parts)
 
 
 def _replicate(fit: "Fit", sites: "Sites", cells: Cells) -> Float[Tensor, "cell gene"]:
@@ -143,10 +161,15 @@ class _Running:
         """Name the result; the group axis of all cells together is dropped."""
         group = {"all": ["all"], "condition": [str(p) for p in screen.conditions], "batch": list(screen.batches)}[level]
         coords = {"statistic": list(STATISTICS), "depth_statistic": ["mean", "sd"], "gene": list(screen.genes), level: group}
-        arrays = {}
+        arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for k, (suffix, dims) in enumerate((("", ("statistic", level, "gene")), ("_depth", ("depth_statistic", level)))):
             sd = (self.squares[k] / max(1, self.n - 1)).sqrt()
-            values = {"observed": self.observed[k], "replicated": self.mean[k], "replicated_sd": sd, "tail_probability": self.above[k] / self.n}
+            values = {
+                "observed": self.observed[k],
+                "replicated": self.mean[k],
+                "replicated_sd": sd,
+                "tail_probability": self.above[k] / self.n,
+            }
             arrays |= {f"{name}{suffix}": (dims, value.numpy()) for name, value in values.items()}
         result = xr.Dataset(arrays, coords)
         return result.sel(all="all", drop=True) if level == "all" else result

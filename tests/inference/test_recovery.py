@@ -1,0 +1,57 @@
+"""Simulate, fit, and find the truth inside the intervals; and find nothing where there is nothing."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import perturbprob as pb
+
+
+@pytest.fixture(scope="module")
+def recovery(root: Path) -> ModuleType:
+    """The benchmark that does the same on ten screens."""
+    spec = importlib.util.spec_from_file_location("recovery", root / "benchmarks" / "recovery.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_truth_lies_inside_the_intervals(recovery: ModuleType, seed: int) -> None:
+    simulation = pb.simulate(n_cells=1500, n_genes=30, n_perturbations=4, n_batches=3, times=(1.0, 2.0), unequal=0.5, seed=seed)
+    found = recovery.recover(simulation, epochs=60, n_draws=100)
+    for name in ("batch_effect", "log_fold_change", "dispersion"):
+        # 60 to 240 entries each: two standard errors of a share of 0.9 in the smallest are 0.08
+        assert 0.75 <= found[name] <= 1.0, (name, found)
+    assert found["hits_found"] == 1.0
+    assert found["false_hits"] == 0
+
+
+@pytest.mark.slow
+def test_no_fake_perturbation_is_a_hit() -> None:
+    """Control cells of one real screen, half of them dealt out to ten perturbations that were never done."""
+    controls = pb.datasets.ishikawa2023()
+    controls = controls[controls.cells_of("control")]
+    chance = np.random.default_rng(0)
+    fake = np.where(chance.random(controls.n_cells) < 0.5, 0, chance.integers(1, 11, controls.n_cells))
+    protocols = [(pb.Protocol([pb.Knockout(f"fake{k}")]) if k else pb.Protocol()) >> p for k in range(11) for p in controls.conditions]
+    screen = pb.Screen(
+        counts=controls.counts,
+        genes=controls.genes,
+        cells=controls.cells,
+        conditions=tuple(protocols),
+        condition=fake * len(controls.conditions) + controls.condition,
+        batches=controls.batches,
+        batch=controls.batch,
+        size_factor=controls.size_factor,
+        baseline=controls.baseline,
+        time_unit=controls.time_unit,
+    )
+    found = pb.effects(pb.fit(pb.node(screen, 5), screen, epochs=30, progress=False), n_draws=50)
+    assert int(found["hit"].sum()) <= 0.05 * 10
+    assert float((found["local_false_sign_rate"] < 0.05).mean()) < 0.05
+    assert float(((found["lower"] > 0) | (found["upper"] < 0)).mean()) < 0.1
