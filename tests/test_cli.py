@@ -87,6 +87,13 @@ def test_fit_reads_size_factors_and_prints_one_object(screen: Path, tmp_path: Pa
     assert all(Path(file).is_file() for file in facts["files"])
 
 
+def test_a_screen_without_perturbations_is_fitted(screen: Path, tmp_path: Path) -> None:
+    options = ["--perturbation", "None", "--time", "day", "--batch", "lane", "--epochs", 1, "--latent", 2]
+    said("fit", screen, *options, "--out", tmp_path)
+    assert pb.load(tmp_path).model.vocabulary.perturbations == ()
+    assert json.loads(said("check", tmp_path, screen, "--draws", 1, "--json"))["cells"] == 240
+
+
 def test_a_loss_that_is_not_finite_is_one_line_and_the_last_good_fit_is_kept(
     screen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,9 +134,9 @@ def test_report_of_effects_against_a_perturbation_has_no_hits(fit, hits, page):
     assert "Compared with <b>: hits are only told against control." in page(fit, hits=against).text
 
 
-def test_report_of_a_fit_without_perturbations_says_so(fit, page):
-    read = page(replace(fit, evidence={}))
-    assert "The fit has no perturbation to compare with control." in read.text
+def test_report_of_a_training_that_broke_off_says_so(fit, page):
+    read = page(replace(fit, evidence={}, losses={"train": [], "validation": []}))
+    assert "Nothing was compared with control: the training broke off." in read.text
     assert read.tags.count("img") == 1
 
 
@@ -147,12 +147,13 @@ def test_report_shows_the_size_of_every_batch_effect(fit, screen, hits, page):
         assert re.search(rf"{batch}\n{cells}\n{float(size.sel(batch=batch)):.3f} \(", text)
 
 
-def test_report_of_one_batch_says_that_its_effect_is_0(hits, page):
+def test_report_of_one_batch_without_perturbations_says_so(page):
     screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=0, times=(1.0, 2.0), n_batches=1, seed=1).screen
     with pytest.warns(UserWarning, match="one batch"):
         model = pb.node(screen, n_latent=2, n_hidden=8)
     read = page(pb.fit(model, screen, epochs=1, progress=False))
     assert "There is one batch: its effect is fixed to 0." in read.text
+    assert "Nothing was compared with control: the fit has no perturbation." in read.text
     assert "NOT TRAINED" in read.text
 
 

@@ -39,8 +39,8 @@ def losses(fit: Fit, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib
     epochs; the held-out loss can.
 
     >>> import perturbprob as pb
-    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
-    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=1, progress=False)
     >>> pb.plots.losses(fit).axes[0].get_xlabel()
     'epoch'
     """
@@ -69,9 +69,9 @@ def predictive_check(check: PredictiveCheck, *, figure: "matplotlib.figure.Figur
     where the model makes such data.
 
     >>> import perturbprob as pb
-    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
-    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
-    >>> check = pb.predictive_check(fit, screen, n_draws=5, progress=False)
+    >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=1, progress=False)
+    >>> check = pb.predictive_check(fit, screen, n_draws=2, progress=False)
     >>> len(pb.plots.predictive_check(check).axes)
     6
     """
@@ -105,9 +105,9 @@ def effects(
     Raises ValueError for a gene, perturbation, media or time that is not in ``hits``.
 
     >>> import perturbprob as pb
-    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
-    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
-    >>> figure = pb.plots.effects(pb.effects(fit, n_draws=10), n_genes=5)
+    >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=1, progress=False)
+    >>> figure = pb.plots.effects(pb.effects(fit, n_draws=3), n_genes=5)
     >>> figure.axes[0].images[0].get_array().shape
     (2, 5)
     """

@@ -70,10 +70,11 @@ def write_report(fit: Fit, path: str | Path, *, check: PredictiveCheck | None = 
 
     >>> import tempfile
     >>> import perturbprob as pb
-    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
-    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=1, progress=False)
+    >>> hits = pb.effects(fit, n_draws=3)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_report(fit, f"{folder}/report.html").name
+    ...     write_report(fit, f"{folder}/report.html", hits=hits).name
     'report.html'
     """
     path = Path(path)
@@ -81,7 +82,7 @@ def write_report(fit: Fit, path: str | Path, *, check: PredictiveCheck | None = 
         raise ValueError(f"{path} is a folder. Name a file, such as {path / 'report.html'}.")
     if hits is None and fit.evidence:
         hits = effects(fit, n_draws=N_DRAWS)
-    parts = [_fitted(fit), _training(fit), _effects(hits), _confounded(fit), _batches(fit)]
+    parts = [_fitted(fit), _training(fit), _effects(fit, hits), _confounded(fit), _batches(fit)]
     parts += [] if check is None else [_checked(check)]
     page = _page("Report of a fit", [*parts, _section("How to read the intervals", *map(_paragraph, _READING))])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,11 +117,12 @@ def _training(fit: Fit) -> str:
     )
 
 
-def _effects(hits: xr.Dataset | None) -> str:
+def _effects(fit: Fit, hits: xr.Dataset | None) -> str:
     """Say which perturbations do something, and what."""
     title = "What do the perturbations do?"
-    if hits is None or not hits.sizes["condition"]:
-        return _section(title, _paragraph("The fit has no perturbation to compare with control."))
+    if hits is None:
+        why = "the training broke off" if fit.model.vocabulary.perturbations else "the fit has no perturbation"
+        return _section(title, _paragraph(f"Nothing was compared with control: {why}."))
     table = _hits(hits) if "hit" in hits else _paragraph(f"Compared with {hits.attrs['against']}: hits are only told against control.")
     return _section(title, table, _image(plots.effects(hits), "log fold changes of perturbations and genes, and the surest with intervals"))
 

@@ -3,9 +3,9 @@
 import html
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,8 @@ class Screen:
     - ``control``: the user's word for control; in protocols and answers it is always ``"control"``.
     - ``baseline``: the media in which every cell starts, or None without media; ``time_unit``: the unit of every wait.
     - ``sgrna``: the sgRNA of each cell (str objects), or None.
+    - ``depth``: the expected number of counts of a cell with size factor 1; by default all counts over all size factors.
+    - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way.
 
     >>> from perturbprob.experiment import datasets
     >>> screen = datasets.ishikawa2023()
@@ -70,6 +72,13 @@ class Screen:
     baseline: str | None = None
     time_unit: str | None = None
     sgrna: Shaped[np.ndarray, " cell"] | None = None
+    depth: float = 0.0
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Work out the depth at size factor 1 where it is not given; a part of a screen keeps that of the whole."""
+        if not self.depth:
+            object.__setattr__(self, "depth", float(self.counts.sum(dtype=np.float64) / self.size_factor.sum()))
 
     @classmethod
     def from_anndata(
@@ -110,6 +119,7 @@ class Screen:
         >>> Screen.from_anndata(adata, perturbation="gene", perturbation_type="CRISPRa").conditions[1:]
         (Activation('CEBPA') >> Activation('KLF1') >> Wait(1), Activation('KLF1') >> Wait(1))
         """
+        columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
         reading.check_names(adata)
         obs, words = adata.obs, (control,) if isinstance(control, str) else tuple(control)
         counts = read_counts(adata, layer)
@@ -133,6 +143,7 @@ class Screen:
             baseline=baseline,
             time_unit=time_unit,
             sgrna=None if spacers is None else _text(spacers),
+            columns=columns | {"control": list(words), "size_factor": size_factor if isinstance(size_factor, str) else None},
         )
         for remark in _remarks(screen):
             warnings.warn(remark, ScreenWarning, stacklevel=2)

@@ -75,7 +75,10 @@ class Fit:
         save(self, path)
 
     def to_anndata(self, adata: "AnnData") -> "AnnData":
-        """Return a copy of the user's AnnData with the latent state of each cell in obsm; see `latent`."""
+        """Return a copy of an AnnData with each cell's latent state in obsm: ``X_perturbprob`` now, ``X_perturbprob_rest`` at rest.
+
+        Reads the AnnData by the columns that the training screen was read by; its cells may be new. Nothing is written into it.
+        """
         from perturbprob.inference.latent import to_anndata
 
         return to_anndata(self, adata)
@@ -268,7 +271,7 @@ def trained_on(screen: Screen) -> dict[str, Any]:
     conditions = {
         repr(c): {b: int(n) for b, n in zip(screen.batches, row, strict=True) if n} for c, row in zip(screen.conditions, table, strict=True)
     }
-    return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": [list(p) for p in screen.layout.confounded()]}
+    return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": [list(p) for p in screen.layout.confounded()], "columns": screen.columns}
 
 
 def node_batch(model: CellModel, screen: Screen) -> Tensor:

@@ -77,7 +77,9 @@ class CellTable:
         self.condition = torch.as_tensor(screen.condition)
         codes = torch.tensor([names.batch_code(b) for b in screen.batches])
         self.batch = codes[torch.as_tensor(screen.batch)]
-        self.log_size_factor = torch.as_tensor(np.log(screen.size_factor), dtype=torch.float32)
+        # size factors count in the depth of their own screen, which is not that of the screen the model was made for
+        relative = np.log(screen.size_factor) + np.log(screen.depth) - float(model.log_depth)
+        self.log_size_factor = torch.as_tensor(relative, dtype=torch.float32)
 
     def sites(self, draw: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return one draw of the global sites with the condition effects of this screen's own conditions added."""

@@ -50,7 +50,7 @@ def node(
         "vocabulary": Vocabulary.of(screen),
         "nodes": condition_nodes(screen),
         "log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32),
-        "log_depth": float(np.log(screen.counts.sum() / screen.size_factor.sum())),
+        "log_depth": float(np.log(screen.depth)),
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
