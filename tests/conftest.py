@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 # Every annotation of the package is checked when a function is called or a doctest runs. An int passes for a float; beartype
 # cannot read Self on a method by itself.
@@ -13,6 +14,9 @@ CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
     is_pep484_tower=True, hint_overrides=beartype.FrozenDict({__import__("typing").Self: object})
 ))"""
 jaxtyping.install_import_hook("perturbprob", CHECKER)
+
+# many small operations: a second thread costs more than it brings, and on a busy machine much more
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 

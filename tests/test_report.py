@@ -126,7 +126,7 @@ def test_names_are_text_and_never_tags(fit, hits, page):
 def test_report_asks_for_effects_when_none_are_given(fit, page):
     text = page(fit).text
     assert "of 2 perturbations are hits" in text
-    assert all(name in text for name in fit.evidence)
+    assert all(p.gene in text for p in fit.model.vocabulary.perturbations)
 
 
 def test_report_of_effects_against_a_perturbation_has_no_hits(fit, hits, page):
@@ -135,7 +135,7 @@ def test_report_of_effects_against_a_perturbation_has_no_hits(fit, hits, page):
 
 
 def test_report_of_a_training_that_broke_off_says_so(fit, page):
-    read = page(replace(fit, evidence={}, losses={"train": [], "validation": []}))
+    read = page(replace(fit, losses={"train": [], "validation": []}))
     assert "Nothing was compared with control: the training broke off." in read.text
     assert read.tags.count("img") == 1
 

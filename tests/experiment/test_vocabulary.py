@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -77,8 +78,9 @@ def test_a_vocabulary_holds_every_name_of_its_screen_and_the_median_wait_of_its_
     assert vocabulary.media == ("A83", "BMP4")
     assert (vocabulary.baseline, vocabulary.batches, vocabulary.time_unit) == ("mTeSR", screen.batches, None)
     assert vocabulary.time_scale == 2.0
-    late = screen[[i for i in range(90) if screen.conditions[screen.condition[i]].time == 5]]
-    assert Vocabulary.of(late).time_scale == 5.0
+    time = np.array([p.time for p in screen.conditions])[screen.condition]
+    assert Vocabulary.of(screen[time == 5]).time_scale == 5.0
+    assert Vocabulary.of(screen[(time == 5) | (np.arange(90) < 20)]).time_scale == 5.0  # of cells, not of conditions
     for protocol in screen.conditions:
         assert vocabulary.protocol(protocol) == protocol
     assert {segment.wait.max().item() for segment in vocabulary.encode(screen.conditions)} == {2.5}

@@ -21,4 +21,4 @@ def screen(simulation: Simulation) -> pb.Screen:
 @pytest.fixture(scope="session")
 def fit(screen: pb.Screen) -> pb.Fit:
     """A short fit."""
-    return pb.fit(pb.node(screen, 3), screen, epochs=15, warmup=5, progress=False)
+    return pb.fit(pb.node(screen, 3), screen, epochs=40, warmup=5, progress=False)

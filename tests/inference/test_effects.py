@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
 
 import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
+from perturbprob.inference.effects import log_evidence
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,28 @@ def test_an_unknown_partner_is_refused(fit: pb.Fit) -> None:
 def test_probabilities_are_probabilities(fit: pb.Fit) -> None:
     with pytest.raises(ValueError, match="probabilities between 0 and 1"):
         pb.effects(fit, level=2.0)
+
+
+def test_evidence_is_the_bayes_factor_of_its_formula() -> None:
+    """Against scipy's normal densities: each gene's mean has covariance C, or (1 + κ) C where it is changed."""
+    chance = np.random.default_rng(0)
+    root = np.array([[0.1, 0.0], [0.08, 0.05]])
+    draws = chance.standard_normal((40_000, 3, 2)) @ root.T + np.array([[0.0, 0.1], [0.3, 0.4], [0.0, -0.2]])
+    expected, covariance = 0.0, root @ root.T
+    for gene in range(3):
+        mean = draws[:, gene].mean(0)
+        null = stats.multivariate_normal.logpdf(mean, np.zeros(2), covariance)
+        slab = [stats.multivariate_normal.logpdf(mean, np.zeros(2), (1 + k) * covariance) - null for k in (1, 4, 16)]
+        expected += np.log(0.95 + 0.05 * np.exp(slab).mean())
+    assert log_evidence(torch.tensor(draws).mT.float()) == pytest.approx(expected, rel=0.05)
+
+
+def test_draws_around_nothing_speak_for_nothing() -> None:
+    chance = np.random.default_rng(1)
+    found = [log_evidence(torch.tensor(chance.standard_normal((200, 4, 50)) + chance.standard_normal((4, 50))).float()) for _ in range(50)]
+    assert np.mean(np.array(found) > 0) < 0.1
+
+
+def test_two_draws_are_needed(fit: pb.Fit) -> None:
+    with pytest.raises(ValueError, match="at least 2 draws"):
+        pb.effects(fit, n_draws=1)

@@ -10,10 +10,9 @@ from pyro.infer import Trace_ELBO
 
 from perturbprob.experiment.action import Knockout, Media, Wait
 from perturbprob.experiment.simulate import simulate
-from perturbprob.inference.fit import node_batch
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.model.cells import CellTable
-from perturbprob.model.guide import Guide
+from perturbprob.model.guide import Guide, node_batch
 from perturbprob.model.structures import node
 
 N_CELLS = 96
@@ -192,6 +191,15 @@ def test_another_screen_is_read_in_the_names_of_the_model(model, screen):
     assert some.batches == screen.batches[2:]
     cells = CellTable(model, some).cells(torch.arange(some.n_cells))
     assert cells.batch.tolist() == [2] * some.n_cells
+
+
+def test_size_factors_are_relative_to_the_depth_of_their_own_screen(model, screen):
+    expected = every(CellTable(model, screen)).log_size_factor
+    halved = replace(screen, size_factor=screen.size_factor / 2, depth=2 * screen.depth)
+    torch.testing.assert_close(every(CellTable(model, halved)).log_size_factor, expected)
+    torch.testing.assert_close(every(CellTable(model, replace(screen, depth=3 * screen.depth))).log_size_factor, expected + np.log(3))
+    part = CellTable(model, screen[:10]).cells(torch.arange(10))
+    torch.testing.assert_close(part.log_size_factor, expected[:10])
 
 
 def test_conditions_never_measured_get_effects_of_their_own(model, screen):

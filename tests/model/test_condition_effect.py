@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from perturbprob.experiment.action import Activation, Knockout, Media, Protocol, Wait
-from perturbprob.model.condition_effect import ConditionEffect, Node, terms
+from perturbprob.model.condition_effect import ConditionEffect, Node, nodes
 
 A, B = ("Knockout('A')",), ("Media('B')",)
 NODES = [Node(A, 0.5), Node(A, 1.25), Node(A, 3.0), Node(B, 1.0), Node((*A, *B), 0.25), Node((*A, *B), 0.5)]
@@ -158,26 +158,32 @@ def test_a_term_never_seen_is_drawn_from_the_prior_with_the_median_scale():
     assert float(found.std()) >= 0.95 * np.pi / 8**0.5
 
 
-def test_terms_are_each_part_and_all_parts_together():
-    assert terms(Protocol() >> Wait(2)) == []
-    assert terms(Wait(1) >> Media("M")) == [("Media('M')",)]
-    assert terms(Activation("B") >> Knockout("A") >> Wait(2)) == [
+def test_nodes_are_each_part_and_all_parts_together():
+    assert nodes(Protocol() >> Wait(2)) == []
+    assert nodes(Wait(1) >> Media("M") >> Wait(2)) == [Node(("Media('M')",), 2.0)]
+    assert [n.term for n in nodes(Activation("B") >> Knockout("A") >> Wait(2))] == [
         ("Knockout('A')",),
         ("Activation('B')",),
         ("Knockout('A')", "Activation('B')"),
     ]
-    assert len(terms(Knockout("A") >> Knockout("B") >> Media("M") >> Wait(1))) == 4
-    assert terms(Knockout("A") >> Media("M") >> Wait(1) >> Media()) == [("Knockout('A')",)]
+    assert len(nodes(Knockout("A") >> Knockout("B") >> Media("M") >> Wait(1))) == 4
+    assert nodes(Knockout("A") >> Media("M") >> Wait(1) >> Media()) == [Node(A, 1.0)]
+
+
+def test_a_node_counts_time_since_it_was_done():
+    found = nodes(Wait(1) >> Knockout("A") >> Wait(2) >> Media("B") >> Wait(3), 0.5)
+    assert found == [Node(A, 10.0), Node(B, 6.0), Node((*A, *B), 6.0)]
+    assert nodes(Wait(4) >> Knockout("A")) == []
 
 
 def test_a_condition_is_the_sum_of_its_terms_at_its_time():
     protocols = [Knockout("A") >> Media("B") >> Wait(1), Protocol([Wait(1)]), Knockout("A") >> Wait(2), Media("B") >> Wait(3)]
-    times = [p.time for p in protocols]
-    nodes = sorted({Node(t, p.time) for p in protocols[:3] for t in terms(p)}, key=str)
-    block, extra = ConditionEffect(nodes, 2), [Node(B, 3.0)]
-    effect = torch.randn(len(nodes) + 1, 2)
+    parts = [nodes(p) for p in protocols]
+    block, extra = ConditionEffect([n for part in parts[:3] for n in part], 2), [Node(B, 3.0)]
+    assert block.unknown(parts) == extra
+    effect = torch.randn(len(block.nodes) + 1, 2)
     at = {node: effect[k] for k, node in enumerate([*block.nodes, *extra])}
-    found = block.total(effect, block.rows(protocols, times, extra))
+    found = block.total(effect, block.rows(parts, extra))
     expected = [at[Node(A, 1.0)] + at[Node(B, 1.0)] + at[Node((*A, *B), 1.0)], torch.zeros(2), at[Node(A, 2.0)], at[Node(B, 3.0)]]
     torch.testing.assert_close(found, torch.stack(expected))
 
@@ -186,6 +192,6 @@ def test_without_terms_there_is_no_site_and_no_effect():
     block = ConditionEffect([], 3)
     trace = pyro.poutine.trace(block).get_trace()
     assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == []
-    rows = block.rows([Protocol([Wait(1)])] * 2, [1.0, 1.0])
+    rows = block.rows([[], []])
     assert torch.equal(block.total(trace.nodes["_RETURN"]["value"], rows), torch.zeros(2, 3))
     assert torch.equal(block.extended({}, [Node(A, 1.0)]), torch.zeros(1, 3))

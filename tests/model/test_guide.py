@@ -10,9 +10,9 @@ from pyro.infer import Trace_ELBO
 from scipy import stats
 
 from perturbprob.experiment.simulate import simulate
-from perturbprob.inference.fit import node_batch
 from perturbprob.model.cells import CellTable
-from perturbprob.model.guide import Guide
+from perturbprob.model.condition_effect import nodes
+from perturbprob.model.guide import Guide, node_batch
 from perturbprob.model.structures import HEADS, node
 
 N_CELLS, N_GENES = 60, 7
@@ -145,8 +145,8 @@ def test_batch_shares_of_a_node_are_those_of_its_cells(screen):
     model, guide, _ = make(screen)
     assert guide.node_batch.shape == (len(model.condition_effect.nodes), 2)
     torch.testing.assert_close(guide.node_batch.sum(1), torch.ones(len(guide.node_batch)))
-    times = [p.time / model.vocabulary.time_scale for p in screen.conditions]
-    rows = model.condition_effect.rows(screen.conditions, times)[torch.as_tensor(screen.condition)]
+    parts = [nodes(p, model.vocabulary.time_scale) for p in screen.conditions]
+    rows = model.condition_effect.rows(parts)[torch.as_tensor(screen.condition)]
     for number in range(len(guide.node_batch)):
         own = (rows == number).any(-1).numpy()
         share = [(screen.batch[own] == b).mean() for b in range(2)]

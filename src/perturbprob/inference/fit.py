@@ -18,12 +18,10 @@ from tqdm.auto import tqdm
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.screen import Screen
 from perturbprob.inference.depth import DepthLaw
-from perturbprob.inference.evidence import log_evidence
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
-from perturbprob.model.condition_effect import Node, terms
-from perturbprob.model.guide import Guide
+from perturbprob.model.guide import Guide, node_batch
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,8 +33,7 @@ class Fit:
     """A fitted model: what every later question takes.
 
     ``losses`` holds, per epoch, the negative ELBO per cell and gene: "train" of the whole objective, "validation" of the held-out cells
-    given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor;
-    ``evidence`` the log Bayes factor of each perturbation against doing nothing (see `effects`).
+    given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor.
     """
 
     model: CellModel
@@ -46,7 +43,6 @@ class Fit:
     settings: dict[str, Any]
     trained_on: dict[str, Any]
     depth: DepthLaw
-    evidence: dict[str, float]
     versions: dict[str, str]
 
     def __repr__(self) -> str:
@@ -190,7 +186,7 @@ class _Training:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
             if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise NonFiniteLoss(self._blame(cells, index), self._fit(finished=False))
+                raise NonFiniteLoss(self._blame(cells, index), self._fit())
             optimiser.step()
             self.step, total, n_steps = self.step + 1, total + float(loss.detach()), n_steps + 1
         return total / n_steps
@@ -242,7 +238,7 @@ class _Training:
             "in error.fit. Look at these cells' counts and size factors, or lower learning_rate."
         )
 
-    def _fit(self, *, finished: bool = True) -> Fit:
+    def _fit(self) -> Fit:
         """Put the result together."""
         self.elbo.eval().requires_grad_(False)
         return Fit(
@@ -253,7 +249,6 @@ class _Training:
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),
             depth=DepthLaw.of(self.screen),
-            evidence=log_evidence(self.model, self.guide, self.screen) if finished else {},
             versions={name: version(name) for name in ("torch", "pyro-ppl", "numpy")} | {"python": platform.python_version()},
         )
 
@@ -271,19 +266,5 @@ def trained_on(screen: Screen) -> dict[str, Any]:
     conditions = {
         repr(c): {b: int(n) for b, n in zip(screen.batches, row, strict=True) if n} for c, row in zip(screen.conditions, table, strict=True)
     }
-    return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": [list(p) for p in screen.layout.confounded()], "columns": screen.columns}
-
-
-def node_batch(model: CellModel, screen: Screen) -> Tensor:
-    """Return the share of each batch in the cells of each condition-effect node, shape (node, batch)."""
-    names, nodes = model.vocabulary, model.condition_effect.nodes
-    table = torch.zeros(len(screen.conditions), len(names.batches))
-    codes = torch.tensor([names.batch_code(b) for b in screen.batches])[torch.as_tensor(screen.batch)]
-    table.index_put_((torch.as_tensor(screen.condition), codes), torch.ones(screen.n_cells), accumulate=True)
-    total = torch.zeros(len(nodes), len(names.batches))
-    number = {node: k for k, node in enumerate(nodes)}
-    for row, protocol in zip(table, screen.conditions, strict=True):
-        known = names.protocol(protocol)
-        for term in terms(known):
-            total[number[Node(term, known.time / names.time_scale)]] += row
-    return total / total.sum(1, keepdim=True).clamp(min=1)
+    confounded = [list(pair) for pair in screen.layout.confounded()]
+    return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": confounded, "columns": screen.columns}

@@ -11,6 +11,8 @@ from perturbprob.inference.draws import centre
 from perturbprob.model.cells import CellTable
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from perturbprob.inference.fit import Fit
 
 

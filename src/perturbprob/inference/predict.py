@@ -14,7 +14,7 @@ from torch.quasirandom import SobolEngine
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
 from perturbprob.measurement.counts import CountLaw
-from perturbprob.model.condition_effect import Node, terms
+from perturbprob.model.condition_effect import nodes
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -152,11 +152,9 @@ class Expectation:
         ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]
         self.log_depth = ranked.to(self.z) + fit.model.log_depth
         self.segments = [s.to(device) for s in names.encode(protocols)]
-        times = [p.time / names.time_scale for p in protocols]
-        known = set(effect.nodes)
-        wanted = dict.fromkeys(Node(t, s) for p, s in zip(protocols, times, strict=True) for t in terms(p))
-        self.extra = [n for n in wanted if n not in known]
-        self.rows = effect.rows(protocols, times, self.extra).to(device)
+        parts = [nodes(p, names.time_scale) for p in protocols]
+        self.extra = effect.unknown(parts)
+        self.rows = effect.rows(parts, self.extra).to(device)
         size = max(1, CHUNK // (n_rest * len(names.genes)))
         self.parts = [torch.arange(k, min(k + size, len(protocols))) for k in range(0, len(protocols), size)]
 

@@ -32,7 +32,7 @@ def save(fit: Fit, path: str | Path) -> None:
         "recipe": model.recipe,
         "solver_steps": model.transition.solver.n_steps,
     }
-    kept = ("losses", "seed", "settings", "trained_on", "evidence", "versions")
+    kept = ("losses", "seed", "settings", "trained_on", "versions")
     values = {"format": FORMAT, "model": facts, "depth": asdict(fit.depth)} | {name: getattr(fit, name) for name in kept}
     torch.save({"model": model.state_dict(), "guide": fit.guide.state_dict()}, folder / "tensors.pt")
     (folder / "fit.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -55,7 +55,7 @@ def load(path: str | Path, modules: dict[str, nn.Module] | None = None) -> Fit:
         raise ValueError(f"{folder} is damaged: tensors.pt does not fit fit.json. Save the fit again. ({error})") from error
     depth = values["depth"]
     means = {key: (mean, n) for key, (mean, n) in depth["means"].items()}
-    kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "evidence", "versions")}
+    kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions")}
     return Fit(model=model, guide=guide, depth=DepthLaw(depth["factors"], means, tuple(depth["residual"])), **kept)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.vocabulary import Segment
-from perturbprob.model.condition_effect import Node, terms
+from perturbprob.model.condition_effect import nodes
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -67,11 +67,9 @@ class CellTable:
             )
         self.model, self.screen = model, screen
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
-        times = [p.time / names.time_scale for p in protocols]
-        known = set(model.condition_effect.nodes)
-        wanted = dict.fromkeys(Node(t, s) for p, s in zip(protocols, times, strict=True) for t in terms(p))
-        self.extra = [n for n in wanted if n not in known]
-        self.rows = model.condition_effect.rows(protocols, times, self.extra)
+        parts = [nodes(p, names.time_scale) for p in protocols]
+        self.extra = model.condition_effect.unknown(parts)
+        self.rows = model.condition_effect.rows(parts, self.extra)
         device = model.log_share.device
         self.segments = [s.to(device) for s in names.encode(protocols)]
         self.condition = torch.as_tensor(screen.condition)

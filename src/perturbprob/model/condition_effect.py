@@ -13,22 +13,43 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from perturbprob.experiment.action import Media, Protocol
+from perturbprob.experiment.action import Action, Media, Protocol, Wait
 
 Term = tuple[str, ...]
 """The part of a condition that an effect belongs to: a perturbation, a media, or several of them together."""
 
 
-def terms(protocol: Protocol) -> list[Term]:
-    """Return the terms of a protocol: each perturbation, the media, and all together where there is more than one.
+@dataclass(frozen=True, order=True)
+class Node:
+    """One term at one time since it was done, in units of the median wait."""
+
+    term: Term
+    time: float
+
+
+def nodes(protocol: Protocol, time_scale: float = 1.0) -> list[Node]:
+    """Return what acts on single genes at the end of a protocol, and since when: each perturbation, the media it ends in, and all together.
+
+    What has just been done, and has not been waited for, has no effect yet and is left out.
 
     >>> from perturbprob.experiment.action import Knockout, Wait
-    >>> terms(Knockout("A") >> Media("TGFB1") >> Wait(2))
-    [("Knockout('A')",), ("Media('TGFB1')",), ("Knockout('A')", "Media('TGFB1')")]
+    >>> for node in nodes(Knockout("A") >> Wait(1) >> Media("TGFB1") >> Wait(2)):
+    ...     print(node)
+    Node(term=("Knockout('A')",), time=3.0)
+    Node(term=("Media('TGFB1')",), time=2.0)
+    Node(term=("Knockout('A')", "Media('TGFB1')"), time=2.0)
     """
-    media = [] if protocol.media is None else [repr(Media(protocol.media))]
-    parts = [*map(repr, protocol.perturbations), *media]
-    return [(part,) for part in parts] + ([tuple(parts)] if len(parts) > 1 else [])
+    since: dict[Action, float] = {}
+    for action in protocol:
+        if isinstance(action, Wait):
+            since = {done: time + action.time for done, time in since.items()}
+        else:
+            since = {d: t for d, t in since.items() if not (isinstance(d, Media) and isinstance(action, Media))} | {action: 0.0}
+    acting = sorted((d for d in since if d != Media()), key=lambda d: (isinstance(d, Media), getattr(d, "gene", "")))
+    found = [Node((repr(d),), since[d] / time_scale) for d in acting]
+    if len(acting) > 1:
+        found.append(Node(tuple(map(repr, acting)), min(since[d] for d in acting) / time_scale))
+    return [node for node in found if node.time > 0]
 
 
 @final
@@ -80,19 +101,11 @@ class FromRest(TorchDistribution):
         return path[..., :-1, :]
 
 
-@dataclass(frozen=True)
-class Node:
-    """One term at one time, in units of the median wait."""
-
-    term: Term
-    time: float
-
-
 @final
 class ConditionEffect(PyroModule):
     """The effect r of each condition on each gene's log rate that the low-dimensional dynamics does not carry.
 
-    The effect of a condition is the sum over its `terms`; each term is a path in time that starts at rest,
+    The effect of a condition is the sum over its `nodes`; each term is a path in time that starts at rest,
     r_term(t) ~ OU(0 at t = 0, scale_term · scale_gene · local_term,gene, memory), log scale_term ~ Normal(log 0.05, 1),
     log scale_gene ~ Normal(0, 0.5), log local ~ Normal(0, 1), log memory ~ Normal(0, 0.5) in median waits. What is not needed shrinks to 0,
     and the local scale lets the few genes that a perturbation really moves go free; at a time between or beyond those
@@ -135,12 +148,16 @@ class ConditionEffect(PyroModule):
         scale = sites["condition_scale"][:, None] * sites["condition_gene_scale"] * sites["condition_local_scale"]
         return FromRest(scale[self.term], self.gap, sites["condition_memory"], self.previous, self.depth)
 
-    def rows(self, protocols: Sequence[Protocol], times: Sequence[float], extra: Sequence[Node] = ()) -> Int[Tensor, "condition part"]:
-        """Return which nodes add up to each condition, ``extra`` nodes behind the model's own; padded with the number of all."""
+    def rows(self, conditions: Sequence[Sequence[Node]], extra: Sequence[Node] = ()) -> Int[Tensor, "condition part"]:
+        """Return the numbers of each condition's nodes, ``extra`` nodes behind the model's own; padded with the number of all."""
         number = self._number | {node: len(self.nodes) + k for k, node in enumerate(extra)}
-        found = [[number[Node(t, time)] for t in terms(p)] for p, time in zip(protocols, times, strict=True)]
-        width = max(map(len, found), default=0)
-        return torch.tensor([row + [len(number)] * (width - len(row)) for row in found], dtype=torch.long).reshape(len(found), width)
+        width = max(map(len, conditions), default=0)
+        rows = [[number[node] for node in part] + [len(number)] * (width - len(part)) for part in conditions]
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), width)
+
+    def unknown(self, conditions: Sequence[Sequence[Node]]) -> list[Node]:
+        """Return the nodes of conditions that were not measured."""
+        return [node for node in dict.fromkeys(n for part in conditions for n in part) if node not in self._number]
 
     def total(self, effect: Float[Tensor, "node gene"], rows: Int[Tensor, "condition part"]) -> Float[Tensor, "condition gene"]:
         """Add up the effects of each condition's nodes."""

@@ -1,6 +1,6 @@
 """The variational family: an encoder for cells, and one law over what all cells share."""
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +12,10 @@ from torch.nn.functional import softplus
 
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
+from perturbprob.model.condition_effect import nodes
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
 
 GENE_BLOCK, CONDITIONS = ("gene_bias", "batch_coordinate"), "condition_effect"
 
@@ -127,6 +131,19 @@ class Guide(PyroModule):
         media = torch.stack([s.media for s in cells.protocol]).amax(0)
         waited = torch.stack([s.wait for s in cells.protocol]).sum(0)
         return self.encoder(log_counts, torch.cat([perturbation, media, waited[:, None], batches], -1))
+
+
+def node_batch(model: CellModel, screen: "Screen") -> Float[Tensor, "node batch"]:
+    """Return the share of each batch in the cells of each condition-effect node."""
+    names, known = model.vocabulary, model.condition_effect.nodes
+    table = torch.zeros(len(screen.conditions), len(names.batches))
+    codes = torch.tensor([names.batch_code(b) for b in screen.batches])[torch.as_tensor(screen.batch)]
+    table.index_put_((torch.as_tensor(screen.condition), codes), torch.ones(screen.n_cells), accumulate=True)
+    total, number = torch.zeros(len(known), len(names.batches)), {node: k for k, node in enumerate(known)}
+    for row, protocol in zip(table, screen.conditions, strict=True):
+        for node in nodes(names.protocol(protocol), names.time_scale):
+            total[number[node]] += row
+    return total / total.sum(1, keepdim=True).clamp(min=1)
 
 
 def _middle(site: dict) -> Tensor:

@@ -14,7 +14,7 @@ from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.decoder import Decoder
 from perturbprob.model.cell_model import CellModel
-from perturbprob.model.condition_effect import ConditionEffect, Node, terms
+from perturbprob.model.condition_effect import ConditionEffect, nodes
 
 HEADS: dict[str, type[CountHead]] = {
     "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
@@ -46,9 +46,10 @@ def node(
     if measurement not in HEADS:
         raise ValueError(f"Unknown measurement {measurement!r}. Use one of {', '.join(map(repr, HEADS))}.")
     totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
+    vocabulary = Vocabulary.of(screen)
     facts = {
-        "vocabulary": Vocabulary.of(screen),
-        "nodes": condition_nodes(screen),
+        "vocabulary": vocabulary,
+        "nodes": sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)}),
         "log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32),
         "log_depth": float(np.log(screen.depth)),
     }
@@ -73,9 +74,3 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
         log_depth=facts["log_depth"],
         recipe={"structure": "node", "arguments": arguments, "field": None if field is None else type(field).__qualname__},
     )
-
-
-def condition_nodes(screen: Screen) -> list[Node]:
-    """Return every term of the screen's conditions at every time it was measured, in units of the median wait."""
-    scale = Vocabulary.of(screen).time_scale
-    return sorted({Node(t, p.time / scale) for p in screen.conditions for t in terms(p)}, key=lambda n: (n.term, n.time))
