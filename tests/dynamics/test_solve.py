@@ -102,7 +102,7 @@ def test_a_training_run_checks_one_solve_in_so_many_and_a_run_without_gradients_
     assert evaluations(10) == 10 * 4 + 2 * (4 + 8)
     assert sum(calls) == 40  # the checks carry no gradients
     with torch.no_grad():
-        assert evaluations(3) == 3 * (4 + 4 + 8)
+        assert evaluations(3) == 3 * (4 + 8)
 
 
 def test_the_check_is_on_the_worst_cell_of_any_draw():

@@ -46,8 +46,9 @@ class Solver:
 
     ``method`` is "rk4", our own fixed steps, or an adaptive method of torchdiffeq: "dopri5", "dopri8", "bosh3", "adaptive_heun".
     With "rk4" every ``check_every``-th solve of a training run, and every solve without gradients, is repeated with doubled
-    steps: where the two differ by more than ``tolerance`` times (1 + abs(state)), the number of steps is doubled for good, up
-    to ``max_steps``, and beyond that `SolverError` names the worst cell.
+    steps: where the two differ by more than ``tolerance`` times (1 + abs(state)), the number of steps is doubled, up to
+    ``max_steps``, and beyond that `SolverError` names the worst cell. In training the doubled number stays; without gradients
+    the finer answer is returned and nothing stays, so that an answer does not depend on what was asked before.
     """
 
     def __init__(
@@ -66,25 +67,27 @@ class Solver:
         """Return y(1) of dy/ds = slope(s, y), y(0) = state."""
         if self.method != "rk4":
             return self._reference(slope, state)
-        if not torch.is_grad_enabled() or self._solves % self.check_every == 0:
-            self._check(slope, state.detach())
-        self._solves += torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return self._doubled(slope, state)[1]
+        if self._solves % self.check_every == 0:
+            with torch.no_grad():
+                self.n_steps = self._doubled(slope, state.detach())[0]
+        self._solves += 1
         return runge_kutta(slope, state, self.n_steps)
 
-    @torch.no_grad()
-    def _check(self, slope: Slope, state: Float[Tensor, "*plate state"]) -> None:
-        """Double the number of steps until doubling it once more changes nothing that matters."""
-        coarse = runge_kutta(slope, state, self.n_steps)
+    def _doubled(self, slope: Slope, state: Float[Tensor, "*plate state"]) -> tuple[int, Float[Tensor, "*plate state"]]:
+        """Double the number of steps until doubling it once more changes nothing that matters; return it, and the finer answer."""
+        n_steps, coarse = self.n_steps, runge_kutta(slope, state, self.n_steps)
         while True:
-            fine = runge_kutta(slope, state, 2 * self.n_steps)
+            fine = runge_kutta(slope, state, 2 * n_steps)
             worst = ((fine - coarse).abs() / (1 + fine.abs())).amax(-1)
             if (worst <= self.tolerance).all():
-                return
-            if 2 * self.n_steps > self.max_steps:
-                cell = int(torch.nan_to_num(worst, nan=torch.inf).reshape(-1, worst.shape[-1]).amax(0).argmax())
-                error = float(worst.reshape(-1, worst.shape[-1])[:, cell].amax())
-                raise SolverError(f"The wait could not be solved with {self.n_steps} steps: relative error {error:.2g}.", cell, error)
-            self.n_steps, coarse = 2 * self.n_steps, fine
+                return n_steps, fine
+            if 2 * n_steps > self.max_steps:
+                by_cell = torch.nan_to_num(worst, nan=torch.inf).reshape(-1, worst.shape[-1]).amax(0)
+                cell, error = int(by_cell.argmax()), float(by_cell.max())
+                raise SolverError(f"The wait could not be solved with {n_steps} steps: relative error {error:.2g}.", cell, error)
+            n_steps, coarse = 2 * n_steps, fine
 
     def _reference(self, slope: Slope, state: Float[Tensor, "*plate state"]) -> Float[Tensor, "*plate state"]:
         """Solve with torchdiffeq."""

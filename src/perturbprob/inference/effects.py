@@ -73,6 +73,8 @@ def effects(
     data = {"log_fold_change": mean, "lower": lower, "upper": upper, "local_false_sign_rate": wrong}
     attrs = {"against": against, "level": level, "n_draws": n_draws, "units": "natural log of the ratio of expected shares"}
     result = labelled(fit, [p for p, _ in pairs], data, attrs)
+    if against != "control":
+        return result
     names = [p.perturbation for p, _ in pairs]
     evidence = {n: log_evidence(values[:, [k for k, m in enumerate(names) if m == n]]) for n in dict.fromkeys(names)}
     return result.merge(_hits(evidence, prior, false_discoveries), combine_attrs="no_conflicts")
