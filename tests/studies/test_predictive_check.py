@@ -1,5 +1,6 @@
 """The predictive check: observed statistics are the data's own, and data of the model pass."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.sparse import csr_array
 import perturbprob as pb
 from perturbprob.inference.draws import centre
 from perturbprob.model.cells import CellTable
+from perturbprob.studies.predictive_check import PredictiveCheck
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def fit(screen: pb.Screen) -> pb.Fit:
 
 
 @pytest.fixture(scope="module")
-def check(fit: pb.Fit, screen: pb.Screen) -> pb.studies.predictive_check.PredictiveCheck:
+def check(fit: pb.Fit, screen: pb.Screen) -> PredictiveCheck:
     """Its check."""
     return pb.predictive_check(fit, screen, n_draws=30, progress=False)
 
@@ -78,6 +80,6 @@ def test_no_draws_is_refused(fit: pb.Fit, screen: pb.Screen) -> None:
 
 
 def test_a_large_check_says_how_much_memory(fit: pb.Fit, screen: pb.Screen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perturbprob.studies.predictive_check.LARGE", 1.0)
+    monkeypatch.setattr(sys.modules["perturbprob.studies.predictive_check"], "LARGE", 1.0)
     with pytest.warns(UserWarning, match="will hold .* GB of statistics"):
         pb.predictive_check(fit, screen, n_draws=1, progress=False)
