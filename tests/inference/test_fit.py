@@ -66,7 +66,7 @@ def test_a_second_model_in_one_process_fits_as_in_a_fresh_one() -> None:
 def test_the_loss_falls_and_the_report_says_so(fit: pb.Fit) -> None:
     assert fit.losses["validation"][-1] < fit.losses["validation"][0]
     assert "Verdict:" in fit.report()
-    assert "Held-out cells:" in fit.report()
+    assert "Validation cells:" in fit.report()
     assert "600 cells × 12 genes" in repr(fit)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Fit:
     """A fitted model: what every later question takes.
 
-    ``losses`` holds, per epoch, the negative ELBO per cell and gene: "train" of the whole objective, "validation" of the held-out cells
+    ``losses`` holds, per epoch, the negative ELBO per cell and gene: "train" of the whole objective, "validation" of the validation cells
     given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor.
     """
 
@@ -249,7 +249,8 @@ class _Training:
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),
             depth=DepthLaw.of(self.screen),
-            versions={name: version(name) for name in ("torch", "pyro-ppl", "numpy")} | {"python": platform.python_version()},
+            versions={name: version(name) for name in ("perturbprob", "torch", "pyro-ppl", "numpy")}
+            | {"python": platform.python_version()},
         )
 
 

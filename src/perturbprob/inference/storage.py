@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +109,9 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
         "log_share": state["log_share"],
         "log_depth": float(state["log_depth"]),
     }
-    model = fill(parts, facts["recipe"]["arguments"], field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a screen of one batch means was said when the model was made
+        model = fill(parts, facts["recipe"]["arguments"], field)
     guide = Guide(model, tensors["guide"]["node_batch"], n_hidden=facts["recipe"]["arguments"]["n_hidden"])
     model.load_state_dict(state)
     guide.load_state_dict(tensors["guide"])

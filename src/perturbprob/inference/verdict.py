@@ -8,8 +8,8 @@ import numpy as np
 def verdict(losses: dict[str, list[float]], settings: dict[str, Any]) -> str:
     """Return a few lines on a training: how far it came, how it ended, and whether it may be believed to have converged.
 
-    The training counts as converged where the last tenth of the epochs improved the followed loss by less than 0.1 % of what the
-    whole training did, and as over-fitted where the held-out loss has risen by more than 5 % of that since its best.
+    The training counts as converged where the last tenth of the epochs improved the followed loss by less than 0.5 % of what the
+    whole training did, and as over-fitted where the validation loss has risen by more than 5 % of that since its best.
     """
     train = np.asarray(losses["train"])
     if len(train) < 2:
@@ -21,7 +21,8 @@ def verdict(losses: dict[str, list[float]], settings: dict[str, Any]) -> str:
     late = max(0.0, followed[: len(followed) - tail].min() - followed.min()) if len(followed) > tail else gain
     lines = [f"{len(train)} of at most {settings['epochs']} epochs; -ELBO per cell and gene {train[0]:.4f} -> {train[-1]:.4f} (training)."]
     if len(held):
-        lines.append(f"Held-out cells: {held[0]:.4f} -> {held.min():.4f} at epoch {int(held.argmin()) + 1}, which was kept.")
+        best = settings["best_epoch"]
+        lines.append(f"Validation cells: {held[0]:.4f} -> {held[best]:.4f} at epoch {best + 1}, which was kept.")
     return "\n".join([*lines, f"Verdict: {_judgement(followed, gain, late, tail)}"])
 
 
@@ -31,6 +32,6 @@ def _judgement(followed: np.ndarray, gain: float, late: float, tail: int) -> str
         return "NO PROGRESS: the loss never fell. Lower learning_rate, or check the screen's counts."
     if followed[-1] - followed.min() > 0.05 * gain:
         return "OVER-FITTED at the end; the best epoch was kept. More cells or fewer latent dimensions would help."
-    if late > 1e-3 * gain:
+    if late > 5e-3 * gain:
         return f"NOT CONVERGED: the last {tail} epochs still brought {100 * late / gain:.1f} % of all improvement. Raise epochs."
     return f"CONVERGED: the last {tail} epochs brought {100 * late / gain:.2f} % of all improvement."
