@@ -27,14 +27,15 @@ Say = Callable[[str], object]
 class Effort:
     """How much work the demonstration does; ``every`` n-th cell is used."""
 
-    epochs: int = 120
+    epochs: int = 160
+    warmup: int = 30
     particles: int = 100
     draws: int = 200
     replicates: int = 20
     every: int = 1
 
 
-QUICK = Effort(epochs=3, particles=5, draws=10, replicates=2, every=5)
+QUICK = Effort(epochs=3, warmup=1, particles=5, draws=10, replicates=2, every=5)
 """Enough to see that everything runs, and not what the model can do."""
 
 
@@ -49,7 +50,7 @@ def demo(out: Path, effort: Effort | None = None, *, seed: int = 0, say: Say = p
     screen, train, test = held_out(effort.every)
     out.mkdir(parents=True, exist_ok=True)
     say(f"{screen!r}\n\nLayout\n{_indented(screen.layout.report())}\n")
-    fitted = fit(node(train, n_latent=10), train, epochs=effort.epochs, seed=seed, progress=progress)
+    fitted = fit(node(train, n_latent=10), train, epochs=effort.epochs, warmup=effort.warmup, seed=seed, progress=progress)
     facts: dict[str, Any] = (
         {"cells": screen.n_cells, "genes": screen.n_genes} | _elbo(fitted, say) | _densities(fitted, train, test, effort, say)
     )
