@@ -20,6 +20,7 @@ from perturbprob.demo import demo as run_demo
 from perturbprob.experiment import datasets
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen
+from perturbprob.dynamics import SolverError
 from perturbprob.inference import Fit, NonFiniteLoss
 from perturbprob.model import node
 from perturbprob.studies.predictive_check import PredictiveCheck
@@ -67,7 +68,7 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
             warnings.showwarning = _show_warning
             try:
                 verb(**options)
-            except (ValueError, OSError, ImportError, NonFiniteLoss) as error:
+            except (ValueError, OSError, ImportError, NonFiniteLoss, SolverError) as error:
                 _tell(f"Error: {_in_words(error)}")
                 raise typer.Exit(1) from error
 
@@ -98,7 +99,7 @@ def _with_columns(verb: Callable[..., None]) -> Callable[..., None]:
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for posterior, report, figures and fit.")] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(help="Passes over the cells (default: 120).", show_default=False)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the cells (default: 160).", show_default=False)] = None,
     seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the cells and few epochs: only to see that it runs.")] = False,
     as_json: Json = False,

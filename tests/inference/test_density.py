@@ -22,7 +22,7 @@ def test_importance_average_is_the_integral_over_z(line: pb.Fit, screen: pb.Scre
     cells, sites = CellTable(line.model, screen).cells(torch.arange(20)), centre(line.model, line.guide)
     grid = torch.linspace(-7, 7, 1401)
     z = grid[:, None, None].expand(-1, 20, 1)
-    log_joint = line.model.measured(sites, line.model.moved(sites, z, cells), cells).log_prob(cells.counts).sum(-1)
+    log_joint = line.model.measured(sites, line.model.moved(sites, z, cells.protocol), cells).log_prob(cells.counts).sum(-1)
     log_joint = log_joint - grid[:, None] ** 2 / 2 - 0.5 * math.log(2 * math.pi)
     exact = torch.logsumexp(log_joint, 0) + math.log(0.01)
     estimate = importance(line.model, line.guide, sites, cells, 4000)

@@ -58,6 +58,16 @@ def test_global_draws_leave_the_random_state_alone_and_repeat(fit: pb.Fit) -> No
     assert not torch.equal(first[0]["gene_bias"], first[1]["gene_bias"])
 
 
+def test_draws_taken_one_by_one_leave_the_random_state_alone(fit: pb.Fit) -> None:
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    draws = global_draws(fit.model, fit.guide, 3)
+    for _ in zip(draws, pb.coherent_draws(one_global, one_global_guide, [torch.arange(5)], 2), strict=False):
+        assert torch.equal(before, torch.random.get_rng_state())
+    next(global_draws(fit.model, fit.guide, 3))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
 def test_draws_surround_the_centre(fit: pb.Fit) -> None:
     middle = centre(fit.model, fit.guide)
     draws = torch.stack([d["batch_effect"] for d in global_draws(fit.model, fit.guide, 400)])

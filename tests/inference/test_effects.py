@@ -81,6 +81,26 @@ def test_draws_around_nothing_speak_for_nothing() -> None:
     assert np.mean(np.array(found) > 0) < 0.1
 
 
+@pytest.mark.parametrize("n_genes", [100, 2000])
+def test_genes_that_move_together_count_once(n_genes: int) -> None:
+    """Nothing is done; half of each gene's uncertainty is one direction that all share."""
+    chance = np.random.default_rng(2)
+
+    found = []
+    for _ in range(40):
+        loading = chance.standard_normal(n_genes)
+        both = [chance.standard_normal((n, 2, 1)) * loading + chance.standard_normal((n, 2, n_genes)) for n in (1, 200)]
+        found.append(log_evidence(torch.tensor(both[0] + both[1]).float()))
+    assert np.mean(np.array(found) > np.log(19)) <= 0.05
+
+
+def test_without_perturbed_cells_there_is_no_effect(screen: pb.Screen) -> None:
+    controls = screen[screen.cells_of("control")]
+    idle = pb.fit(pb.node(controls, 2), controls, epochs=2, progress=False)
+    with pytest.raises(ValueError, match="no perturbed cells"):
+        pb.effects(idle, n_draws=2)
+
+
 def test_two_draws_are_needed(fit: pb.Fit) -> None:
     with pytest.raises(ValueError, match="at least 2 draws"):
         pb.effects(fit, n_draws=1)

@@ -35,5 +35,5 @@ def test_a_screen_made_by_hand_has_no_columns(screen: pb.Screen, fit: pb.Fit, si
     from dataclasses import replace
 
     other = pb.fit(pb.node(screen, 1), replace(screen, columns={}), epochs=1, progress=False)
-    with pytest.raises(ValueError, match="was not read from an AnnData"):
+    with pytest.raises(ValueError, match="was not read from the columns"):
         other.to_anndata(simulation.adata)

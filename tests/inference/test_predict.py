@@ -1,5 +1,7 @@
 """Predictions: labelled, on the scale they say, with intervals that widen where they should."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,22 @@ def test_it_says_when_time_and_batch_are_aliased() -> None:
     fit = pb.fit(pb.node(screen, 2), screen, epochs=1, progress=False)
     with pytest.warns(pb.AliasedWarning, match=r"time and batch are aliased.*Name batch="):
         pb.predict(fit, screen.conditions[0], n_draws=2)
+
+
+def test_it_says_when_batches_are_nested_in_times(screen: pb.Screen) -> None:
+    lanes = tuple(f"{b} at {t:g}" for b in screen.batches for t in screen.times)
+    time = np.array([screen.times.index(p.time) for p in screen.conditions])[screen.condition]
+    nested = replace(screen, batches=lanes, batch=screen.batch * len(screen.times) + time)
+    fit = pb.fit(pb.node(nested, 2), nested, epochs=1, progress=False)
+    with pytest.warns(pb.AliasedWarning, match="time and batch are aliased"):
+        pb.predict(fit, screen.conditions[0], n_draws=2)
+
+
+def test_the_noise_of_a_sample_does_not_shrink_when_batches_are_averaged(fit: pb.Fit, screen: pb.Screen) -> None:
+    options = {"n_draws": 200, "scale": "counts", "interval": "observed", "n_cells": 5}
+    one, both = (pb.predict(fit, screen.conditions[0], batch=b, **options) for b in ("batch1", "average"))
+    ratio = ((both["upper"] - both["lower"]) / (one["upper"] - one["lower"])).mean()
+    assert float(ratio) == pytest.approx(1.0, abs=0.15)
 
 
 @pytest.mark.parametrize(

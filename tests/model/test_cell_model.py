@@ -120,13 +120,15 @@ def test_the_log_rate_is_depth_times_share_times_batch_effect(model, screen):
     cells = every(CellTable(model, screen))
     values = drawn(model, cells)
     sites = pyro.poutine.condition(model.globals, values)()
-    law = model.measured(sites, model.moved(sites, values["z"], cells), cells)
+    law = model.measured(sites, model.moved(sites, values["z"], cells.protocol), cells)
     assert isinstance(law, CountLaw)
     share = torch.exp(law.log_rate - cells.log_size_factor[:, None] - model.log_depth - sites["batch_effect"][cells.batch])
     torch.testing.assert_close(share.sum(-1), torch.ones(N_CELLS))
-    deeper = model.measured(sites, model.moved(sites, values["z"], cells), replace(cells, log_size_factor=cells.log_size_factor + 1.5))
+    deeper = model.measured(
+        sites, model.moved(sites, values["z"], cells.protocol), replace(cells, log_size_factor=cells.log_size_factor + 1.5)
+    )
     torch.testing.assert_close(deeper.log_rate, law.log_rate + 1.5)
-    average = model.measured(sites, model.moved(sites, values["z"], cells), replace(cells, batch=torch.full((N_CELLS,), -1)))
+    average = model.measured(sites, model.moved(sites, values["z"], cells.protocol), replace(cells, batch=torch.full((N_CELLS,), -1)))
     torch.testing.assert_close(average.log_rate, law.log_rate - sites["batch_effect"][cells.batch])
 
 
@@ -134,7 +136,7 @@ def test_the_counts_are_scored_by_the_law_of_their_rate(model, screen):
     cells = every(CellTable(model, screen))
     values = drawn(model, cells)
     sites = pyro.poutine.condition(model.globals, values)()
-    law = model.measured(sites, model.moved(sites, values["z"], cells), cells)
+    law = model.measured(sites, model.moved(sites, values["z"], cells.protocol), cells)
     expected = float(law.log_prob(torch.tensor(screen.counts.toarray())).detach().double().sum())
     assert log_joint(model, cells, values)["counts"] == pytest.approx(expected, rel=1e-5)
     assert log_joint(model, cells, values)["z"] == pytest.approx(
@@ -146,7 +148,7 @@ def test_condition_effects_and_bias_act_on_single_genes(model, screen):
     cells = every(CellTable(model, screen))
     values = drawn(model, cells)
     sites = pyro.poutine.condition(model.globals, values)()
-    state = model.moved(sites, values["z"], cells)
+    state = model.moved(sites, values["z"], cells.protocol)
     moved = sites | {"gene_bias": sites["gene_bias"] + torch.nn.functional.one_hot(torch.tensor(4), 9)}
     change = model.log_shares(moved, state, cells.rows) - model.log_shares(sites, state, cells.rows)
     torch.testing.assert_close((change[:, 4] - change[:, 3]), torch.ones(N_CELLS))
@@ -163,9 +165,9 @@ def test_draws_stand_before_cells(model, screen):
     values = drawn(model, cells)
     sites = pyro.poutine.condition(model.globals, values)()
     z = torch.stack([values["z"], 0 * values["z"]])
-    both = model.measured(sites, model.moved(sites, z, cells), cells).log_rate
+    both = model.measured(sites, model.moved(sites, z, cells.protocol), cells).log_rate
     assert both.shape == (2, N_CELLS, 9)
-    torch.testing.assert_close(both[0], model.measured(sites, model.moved(sites, z[0], cells), cells).log_rate)
+    torch.testing.assert_close(both[0], model.measured(sites, model.moved(sites, z[0], cells.protocol), cells).log_rate)
 
 
 def test_a_screen_is_read_cell_by_cell(model, screen):

@@ -207,6 +207,6 @@ def test_a_wait_that_cannot_be_solved_names_what_was_done_to_the_worst_cell(scre
         torch.no_grad(),
         pytest.raises(SolverError, match=r"could not be solved with 128 steps.* Worst: .*Media\('BMP4'\) >> Wait\([12]\)") as caught,
     ):
-        model.moved(model.globals(), torch.randn(screen.n_cells, 2), cells)
+        model.moved(model.globals(), torch.randn(screen.n_cells, 2), cells.protocol)
     assert screen.conditions[screen.condition[caught.value.cell]].media == "BMP4"
     assert caught.value.error > 1e-3

@@ -59,7 +59,7 @@ def test_data_of_the_model_pass_and_other_data_do_not(fit: pb.Fit, screen: pb.Sc
     torch.manual_seed(0)
     sites = centre(fit.model, fit.guide)
     z = fit.model.at_rest(len(cells)).sample()
-    own = fit.model.measured(sites, fit.model.moved(sites, z, cells), cells).sample().numpy()
+    own = fit.model.measured(sites, fit.model.moved(sites, z, cells.protocol), cells).sample().numpy()
     good = pb.predictive_check(fit, replace(screen, counts=csr_array(own)), n_draws=40, progress=False)
     outside = ((good.condition["tail_probability"] < 0.025) | (good.condition["tail_probability"] > 0.975)).mean()
     assert float(outside) < 0.12

@@ -16,7 +16,7 @@ class Push(nn.Module):
     """The default field: a small network of the state and of what the marks add to the push."""
 
     def __init__(self, n_latent: int, n_hidden: int = 64) -> None:
-        """Start from a push near zero."""
+        """Make the network."""
         super().__init__()
         self.network = nn.Sequential(nn.Linear(3 * n_latent, n_hidden), nn.Tanh(), nn.Linear(n_hidden, n_latent))
 

@@ -44,7 +44,8 @@ class Screen:
     - ``baseline``: the media in which every cell starts, or None without media; ``time_unit``: the unit of every wait.
     - ``sgrna``: the sgRNA of each cell (str objects), or None.
     - ``depth``: the expected number of counts of a cell with size factor 1; by default all counts over all size factors.
-    - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way.
+    - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way; empty where
+      size factors were an array.
 
     >>> from perturbprob.experiment import datasets
     >>> screen = datasets.ishikawa2023()
@@ -143,7 +144,7 @@ class Screen:
             baseline=baseline,
             time_unit=time_unit,
             sgrna=None if spacers is None else _text(spacers),
-            columns=columns | {"control": list(words), "size_factor": size_factor if isinstance(size_factor, str) else None},
+            columns={} if size_factor is not None and not isinstance(size_factor, str) else columns | {"control": list(words)},
         )
         for remark in _remarks(screen):
             warnings.warn(remark, ScreenWarning, stacklevel=2)

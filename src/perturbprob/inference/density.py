@@ -23,15 +23,17 @@ CHUNK = 2_000_000
 
 
 @torch.no_grad()
-def importance(model: "CellModel", guide: "Guide", sites: Sites, cells: Cells, particles: int, *, seed: int = 0) -> Float[Tensor, " cell"]:
+def importance(
+    model: "CellModel", guide: "Guide", sites: Sites, cells: Cells, particles: int, *, seed: tuple[int, ...] = (0,)
+) -> Float[Tensor, " cell"]:
     """Return log p(x | globals) of each cell, by importance sampling of z₀ from the encoder: log mean_k p(x | z_k) p(z_k) / q(z_k | x)."""
     encoder, rest = guide.rest(cells), model.at_rest(len(cells))
     step = max(1, CHUNK // max(1, cells.counts.numel()))
     parts = []
-    with seeded(seed):
+    with seeded(*seed):
         for size in [min(step, particles - k) for k in range(0, particles, step)]:
             z = encoder.sample((size,))
-            law = model.measured(sites, model.moved(sites, z, cells), cells)
+            law = model.measured(sites, model.moved(sites, z, cells.protocol), cells)
             parts.append(law.log_prob(cells.counts).sum(-1) + rest.log_prob(z) - encoder.log_prob(z))
     return torch.logsumexp(torch.cat(parts), 0) - math.log(particles)
 
@@ -62,7 +64,7 @@ def log_density(
             draws.append(table.sites(draw))
     values = []
     for number, cells in enumerate(table.minibatches(minibatch)):
-        each = [importance(fit.model, fit.guide, sites, cells, particles, seed=seed + 7919 * number + k) for k, sites in enumerate(draws)]
+        each = [importance(fit.model, fit.guide, sites, cells, particles, seed=(seed, k, 4 + number)) for k, sites in enumerate(draws)]
         values.append(torch.logsumexp(torch.stack(each), 0) - math.log(n_draws))
     return xr.DataArray(
         torch.cat(values).cpu().numpy().astype(np.float64), dims="cell", coords={"cell": list(screen.cells)}, name="log_density"

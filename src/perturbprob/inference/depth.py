@@ -32,9 +32,8 @@ class DepthLaw:
     residual: tuple[float, ...]
 
     @classmethod
-    def of(cls, screen: "Screen") -> Self:
-        """Learn the law from the cells of a screen."""
-        log_size = np.log(screen.size_factor)
+    def of(cls, screen: "Screen", log_size: np.ndarray) -> Self:
+        """Learn the law from the cells of a screen and their log size factors, which count in the depth of the model."""
         n_batches = len(screen.batches)
         group, code = np.unique(screen.condition * n_batches + screen.batch, return_inverse=True)
         count = np.bincount(code)

@@ -33,7 +33,8 @@ def global_draws(model: "CellModel", guide: "Guide | None", n_draws: int, seed: 
             around = model.globals
             if guide is not None:
                 around = pyro.poutine.replay(model.globals, pyro.poutine.trace(guide.globals).get_trace())
-            yield _sites(around)
+            sites = _sites(around)
+        yield sites
 
 
 @torch.no_grad()
@@ -82,5 +83,5 @@ def coherent_draws(
                         local.setdefault(name, []).append(site["value"])
                     elif name != plate and name not in shared:
                         shared.add_node(name, **site)
-            together = {name: torch.cat(values) for name, values in local.items() if name != plate}
-            yield {name: site["value"] for name, site in shared.nodes.items() if site["type"] == "sample"} | together
+        together = {name: torch.cat(values) for name, values in local.items() if name != plate}
+        yield {name: site["value"] for name, site in shared.nodes.items() if site["type"] == "sample"} | together

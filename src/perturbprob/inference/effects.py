@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.inference.draws import check_draws, global_draws, seeded
-from perturbprob.inference.predict import Expectation, labelled
+from perturbprob.inference.predict import Expectation, labelled, say_aliased
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -45,7 +45,9 @@ def effects(
     The factor is Wakefield's (Genet. Epidemiol. 33:79, 2009) from the posterior mean m and covariance C of a gene's fold changes over
     the T media and times of the perturbation. A perturbation that does something changes each gene with probability w = 0.05,
     by effects ~ Normal(0, κ C), κ = 1, 4 or 16 alike:
-    log BF = Σ_genes log(1 − w + w mean_κ (1 + κ)^(−T/2) exp(½ κ/(1 + κ) mᵀ C⁻¹ m)). Posterior means are shrunk towards 0, so it errs
+    log BF = Σ_genes log(1 − w + w mean_κ (1 + κ)^(−T/2) exp(½ κ/(1 + κ) mᵀ C⁻¹ m)), divided by the number of
+    genes that move as one in the draws, tr(R²) / genes of their correlation R, since genes that share a direction
+    count once. Posterior means are shrunk towards 0, so it errs
     towards "nothing".
 
     ``against`` names another perturbation to compare with; media and time are then the same on both sides. An interval that leaves
@@ -57,6 +59,7 @@ def effects(
     if not 0 < false_discoveries < 1 or not 0 < prior < 1 or not 0 < level < 1:
         raise ValueError("level, false_discoveries and prior are probabilities between 0 and 1.")
     pairs = _pairs(fit, against)
+    say_aliased(fit, ["perturbation"])
     everyone = list(dict.fromkeys(p for pair in pairs for p in pair))
     number = {p: k for k, p in enumerate(everyone)}
     here, there = (torch.tensor([number[pair[side]] for pair in pairs]) for side in (0, 1))
@@ -95,19 +98,33 @@ def log_evidence(draws: Float[Tensor, "draw condition gene"]) -> float:
     slabs = torch.tensor(SLABS, dtype=torch.double)[:, None]
     each = 0.5 * squares * slabs / (1 + slabs) - 0.5 * n_conditions * torch.log1p(slabs)
     changed = torch.logsumexp(each, 0) - math.log(len(SLABS))
-    return float(torch.logaddexp(torch.full_like(changed, math.log(1 - CHANGED)), math.log(CHANGED) + changed).sum())
+    total = torch.logaddexp(torch.full_like(changed, math.log(1 - CHANGED)), math.log(CHANGED) + changed).sum()
+    return float(total / _shared(centred / variance.sqrt().clamp(min=1e-12)[..., None]))
+
+
+def _shared(standardised: Float[Tensor, "gene condition draw"]) -> float:
+    """Return how many genes move as one in the draws: tr(R²) / genes of their correlation R, freed of its sampling noise; at least 1."""
+    n_genes, n_conditions, n_draws = standardised.shape
+    gram = torch.einsum("gcd,gce->cde", standardised, standardised) / (n_draws - 1)
+    squares = gram.square().sum() / n_conditions - n_genes**2 / (n_draws - 1)
+    return max(1.0, float(squares) / n_genes)
 
 
 def _pairs(fit: "Fit", against: str) -> list[tuple[Protocol, Protocol]]:
     """Return every fitted condition with what it is compared with: same media, same waits."""
     fitted = [Protocol.parse(text) for text in fit.trained_on["conditions"]]
+    if not any(p.perturbations for p in fitted):
+        raise ValueError("The fit has no perturbed cells, so there is no effect of a perturbation. Compare conditions with predict.")
     if against == "control":
         return [(p, p.unperturbed()) for p in fitted if p.perturbations]
     other = {p.unperturbed(): p for p in fitted if p.perturbation == against}
     if not other:
         known = sorted({p.perturbation for p in fitted})
         raise ValueError(f"No fitted condition has the perturbation {against!r}. Compare against one of {', '.join(known[:8])}.")
-    return [(p, other[p.unperturbed()]) for p in fitted if p.perturbation != against and p.unperturbed() in other]
+    pairs = [(p, other[p.unperturbed()]) for p in fitted if p.perturbation != against and p.unperturbed() in other]
+    if not pairs:
+        raise ValueError(f"No other fitted condition has the media and times of {against!r}, so nothing can be compared with it.")
+    return pairs
 
 
 def _hits(evidence: dict[str, float], prior: float, cut: float) -> xr.Dataset:

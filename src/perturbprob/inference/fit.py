@@ -73,7 +73,8 @@ class Fit:
     def to_anndata(self, adata: "AnnData") -> "AnnData":
         """Return a copy of an AnnData with each cell's latent state in obsm: ``X_perturbprob`` now, ``X_perturbprob_rest`` at rest.
 
-        Reads the AnnData by the columns that the training screen was read by; its cells may be new. Nothing is written into it.
+        Reads the AnnData by the columns that the training screen was read by; its cells may be new, controls among them.
+        Nothing is written into it.
         """
         from perturbprob.inference.latent import to_anndata
 
@@ -108,14 +109,15 @@ def fit(
     32 and at most 256), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
-    is kept). Over the first ``warmup`` epochs the weight of each cell's KL term rises to 1. ``seed`` fixes the start of the guide,
+    is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1. ``seed`` fixes the
+    start of the guide,
     the order of the cells and all draws; the user's own random state is left alone.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
     _check_arguments(model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation)
     settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
-    settings |= {"patience": patience, "warmup": warmup}
+    settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
     with torch.random.fork_rng():
         pyro_state = pyro.util.get_rng_state()
         try:
@@ -200,9 +202,9 @@ class _Training:
         if not len(self.held):
             self.best = copy.deepcopy(self.elbo.state_dict())
             return False
-        losses = self.losses["validation"]
+        losses, warmup = self.losses["validation"], self.settings["warmup"]
         losses.append(self._validation())
-        if losses[-1] <= min(losses) or epoch < self.settings["warmup"]:
+        if epoch < warmup or losses[-1] <= min(losses[warmup:]):
             self.best, self.best_epoch = copy.deepcopy(self.elbo.state_dict()), epoch
         return bool(epoch - self.best_epoch >= self.settings["patience"])
 
@@ -248,7 +250,7 @@ class _Training:
             seed=self.seed,
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),
-            depth=DepthLaw.of(self.screen),
+            depth=DepthLaw.of(self.screen, self.table.log_size_factor.double().numpy()),
             versions={name: version(name) for name in ("perturbprob", "torch", "pyro-ppl", "numpy")}
             | {"python": platform.python_version()},
         )
@@ -267,5 +269,6 @@ def trained_on(screen: Screen) -> dict[str, Any]:
     conditions = {
         repr(c): {b: int(n) for b, n in zip(screen.batches, row, strict=True) if n} for c, row in zip(screen.conditions, table, strict=True)
     }
-    confounded = [list(pair) for pair in screen.layout.confounded()]
+    nested = [pair for pair in screen.layout.nested() if pair[0] == "batch"]
+    confounded = [list(pair) for pair in [*screen.layout.confounded(), *nested]]
     return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": confounded, "columns": screen.columns}

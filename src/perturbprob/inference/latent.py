@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def latent(fit: "Fit", screen: "Screen", *, minibatch: int = 1024) -> dict[str, np.ndarray]:
-    """Return each cell's posterior mean of the rest state z₀ and of the state z now, each (cell, latent), at the centre of the globals."""
+    """Return each cell's posterior mean of the rest state z₀ and the state z that it leads to, each (cell, latent)."""
     table = CellTable(fit.model, screen)
     sites = table.sites(centre(fit.model, fit.guide))
     rest, state = [], []
     for cells in table.minibatches(minibatch):
         rest.append(fit.guide.rest(cells).mean.cpu().numpy())
-        state.append(fit.model.moved(sites, fit.guide.rest(cells).mean, cells).z.cpu().numpy())
+        state.append(fit.model.moved(sites, fit.guide.rest(cells).mean, cells.protocol).z.cpu().numpy())
     return {"rest": np.concatenate(rest), "state": np.concatenate(state)}
 
 
@@ -32,7 +32,9 @@ def to_anndata(fit: "Fit", adata: "AnnData") -> "AnnData":
     """Return a copy of an AnnData with the latent state of each cell; see `Fit.to_anndata`."""
     columns = fit.trained_on["columns"]
     if not columns:
-        raise ValueError("The screen of this fit was not read from an AnnData, so its columns are not known. Use latent(fit, screen).")
+        raise ValueError(
+            "The screen of this fit was not read from the columns of an AnnData alone (made by hand, or size factors given as an array)."
+        )
     missing = set(fit.model.vocabulary.genes) - set(map(str, adata.var_names))
     if missing:
         raise ValueError(f"{len(missing)} genes of the fit are not in adata.var_names, such as {sorted(missing)[:3]}.")

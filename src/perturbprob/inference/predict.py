@@ -68,7 +68,7 @@ def predict(
     if len(batches) != len(protocols):
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     if None in batches:
-        _say_aliased(fit)
+        say_aliased(fit)
     values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed)))
     lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
     data = {"mean": values.mean(0), "lower": lower, "upper": upper}
@@ -104,9 +104,9 @@ def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | A
     return [fit.model.vocabulary.protocol(p) for p in several]
 
 
-def _say_aliased(fit: "Fit") -> None:
-    """Say that η = 0 is not a neutral choice where batches coincide with a factor."""
-    with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f != "batch"})
+def say_aliased(fit: "Fit", factors: Sequence[str] = ("time", "media", "perturbation")) -> None:
+    """Say that η = 0 is not a neutral choice where every batch holds one level of a factor."""
+    with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f in factors})
     if with_batch:
         words = " and ".join([", ".join(with_batch), "batch"])
         warnings.warn(
@@ -129,7 +129,9 @@ def _draws(
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
         with seeded(seed, k, 2):
             sites = expectation.complete(sites)
-            means = torch.cat([expectation.means(sites, part, scale, n_cells) for part in expectation.parts]).cpu()
+            means = torch.cat(
+                [expectation.means(sites, part, scale, None if n_cells is None else n_cells * share[part]) for part in expectation.parts]
+            ).cpu()
         yield means.new_zeros(len(protocols), means.shape[1]).index_add_(0, of, share * means)
 
 
@@ -169,21 +171,24 @@ class Expectation:
     def log_shares(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:
         """Return the log share of each gene in each rest state and row."""
         z = self.z[:, None].expand(-1, len(part), -1)
-        state = self.model.transition(z, [s[part] for s in self.segments], self.model.pushes(sites))
+        state = self.model.moved(sites, z, [s[part] for s in self.segments])
         return self.model.log_shares(sites, state, self.rows[part])
 
     @torch.no_grad()
-    def means(self, sites: Sites, part: Int[Tensor, " part"], scale: str, n_cells: int | None) -> Float[Tensor, "part gene"]:
-        """Return the mean over cells of each row, with the noise of a sample of cells where asked."""
+    def means(
+        self, sites: Sites, part: Int[Tensor, " part"], scale: str, n_cells: Float[Tensor, "part 1"] | None
+    ) -> Float[Tensor, "part gene"]:
+        """Return the mean over cells of each row, with the noise of a sample of so many cells where asked."""
         log_rate = self.log_shares(sites, part) + torch.stack([self._eta(sites, self.batches[k]) for k in part])
         depth = self.log_depth[part].T[..., None]
         law = self.model.law(sites, log_rate + depth)
         mean = {"rate": log_rate.exp, "counts": lambda: law.mean, "log1p": lambda: interpolated_log1p(law)}[scale]().mean(0)
         if n_cells is None:
             return mean
-        counts = law.sample()
-        seen = {"rate": counts / depth.exp(), "counts": counts, "log1p": counts.log1p()}[scale]
-        return mean + torch.randn_like(mean) * (seen.var(0) / n_cells).sqrt()
+        variance = law.sample().log1p().var(0) if scale == "log1p" else law.variance.mean(0) + law.mean.var(0)
+        if scale == "rate":
+            variance = (law.variance / (2 * depth).exp()).mean(0) + log_rate.exp().var(0)
+        return mean + torch.randn_like(mean) * (variance / n_cells.to(mean)).sqrt()
 
     def _eta(self, sites: Sites, batch: str | None) -> Float[Tensor, " gene"]:
         """Return the batch effect of a name, of a new batch, or none."""

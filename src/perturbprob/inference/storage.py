@@ -33,6 +33,10 @@ def save(fit: Fit, path: str | Path) -> None:
         "recipe": model.recipe,
         "solver_steps": model.transition.solver.n_steps,
     }
+    if not model.recipe:
+        raise ValueError(
+            "This CellModel was put together by hand, so load could not build it again. Make it with a structure such as pb.node."
+        )
     kept = ("losses", "seed", "settings", "trained_on", "versions")
     values = {"format": FORMAT, "model": facts, "depth": asdict(fit.depth)} | {name: getattr(fit, name) for name in kept}
     torch.save({"model": model.state_dict(), "guide": fit.guide.state_dict()}, folder / "tensors.pt")
@@ -69,8 +73,9 @@ def _read_json(folder: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged or cut off: {error}. Save the fit again.") from error
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format version {values.get('format')!r}; this perturbprob reads {FORMAT}. Update perturbprob.")
+    if not isinstance(values, dict) or values.get("format") != FORMAT or "model" not in values:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise ValueError(f"{folder} has format version {found!r}; this perturbprob reads {FORMAT}. Update perturbprob.")
     return values
 
 

@@ -1,5 +1,6 @@
 """The generative story of a screen: η, P, M, W, V, in that order."""
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import pyro
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.dynamics.transition import CellState, Effects, Transition
-from perturbprob.experiment.vocabulary import Vocabulary
+from perturbprob.experiment.vocabulary import Segment, Vocabulary
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, CountLaw
 from perturbprob.measurement.decoder import Decoder
@@ -58,7 +59,7 @@ class CellModel(PyroModule):
         with pyro.plate("cell", cells.total, subsample=cells.index):
             with pyro.poutine.scale(scale=cells.warmth):
                 z = pyro.sample("z", self.at_rest(len(cells)))  # X, a cell at rest
-            state = self.moved(sites, z, cells)  # W(M(P(X))), eq 4
+            state = self.moved(sites, z, cells.protocol)  # W(M(P(X))), eq 4
             pyro.sample("counts", self.measured(sites, state, cells).to_event(1), obs=cells.counts)  # V, eq 10
 
     def globals(self) -> dict[str, Tensor]:
@@ -83,21 +84,21 @@ class CellModel(PyroModule):
         """Return the law of z₀ for each cell, Normal(0, I)."""
         return dist.Normal(self.log_share.new_zeros(n_cells, self.n_latent), 1.0).to_event(1)
 
-    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], cells: Cells) -> CellState:
+    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> CellState:
         """Carry cells at rest through their protocols."""
         try:
-            return self.transition(z, cells.protocol, self.pushes(sites))
+            return self.transition(z, protocol, self.pushes(sites))
         except SolverError as error:
             raise SolverError(
-                f"{error} Worst: {self._described(cells, error.cell)}. Lower learning_rate, or give a smoother field.",
+                f"{error} Worst: {self._described(protocol, error.cell)}. Lower learning_rate, or give a smoother field.",
                 error.cell,
                 error.error,
             ) from None
 
-    def _described(self, cells: Cells, cell: int) -> str:
+    def _described(self, protocol: Sequence[Segment], cell: int) -> str:
         """Say what was done to a cell, and over which span it was solved."""
         names, steps = self.vocabulary, []
-        for segment in cells.protocol:
+        for segment in protocol:
             done = [repr(p) for p, there in zip(names.perturbations, segment.perturbation[cell], strict=True) if there]
             done += [f"Media({m!r})" for m, there in zip(names.media, segment.media[cell], strict=True) if there]
             steps += [*done, f"Wait({float(segment.wait[cell]) * names.time_scale:g})"]

@@ -106,7 +106,7 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
 def _replicate(fit: "Fit", sites: "Sites", cells: Cells) -> Float[Tensor, "cell gene"]:
     """Draw new counts for cells, from rest."""
     z = fit.model.at_rest(len(cells)).sample()
-    return fit.model.measured(sites, fit.model.moved(sites, z, cells), cells).sample()
+    return fit.model.measured(sites, fit.model.moved(sites, z, cells.protocol), cells).sample()
 
 
 class _Groups:
