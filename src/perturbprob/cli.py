@@ -17,10 +17,10 @@ import typer
 from perturbprob import inference, studies
 from perturbprob.demo import QUICK, Effort, elbo
 from perturbprob.demo import demo as run_demo
+from perturbprob.dynamics import SolverError
 from perturbprob.experiment import datasets
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen
-from perturbprob.dynamics import SolverError
 from perturbprob.inference import Fit, NonFiniteLoss
 from perturbprob.model import node
 from perturbprob.studies.predictive_check import PredictiveCheck

@@ -188,3 +188,9 @@ def test_a_truth_value_is_no_time():
 def test_other_text_is_no_protocol(text):
     with pytest.raises(ValueError, match=r"Cannot read .* as a protocol. Write it like Knockout"):
         Protocol.parse(text)
+
+
+@pytest.mark.parametrize("text", ["Knockout(A) >> Wait(5)", "Wait(1+1)", "Knockout('A') + Wait(1)", "exit()", "", "Knockout('A'"])
+def test_what_is_not_a_protocol_says_how_to_write_one(text):
+    with pytest.raises(ValueError, match=r"Cannot read .* as a protocol\. Write it like"):
+        Protocol.parse(text)

@@ -104,3 +104,15 @@ def test_without_perturbed_cells_there_is_no_effect(screen: pb.Screen) -> None:
 def test_two_draws_are_needed(fit: pb.Fit) -> None:
     with pytest.raises(ValueError, match="at least 2 draws"):
         pb.effects(fit, n_draws=1)
+
+
+def test_a_perturbation_without_control_in_its_batches_is_not_called(screen: pb.Screen) -> None:
+    name = screen.perturbations[1]
+    keep = np.ones(screen.n_cells, bool)
+    keep[screen.cells_of(name)] = screen.batch[screen.cells_of(name)] == 1
+    keep[screen.cells_of("control")] = screen.batch[screen.cells_of("control")] == 0
+    apart = screen[keep]
+    idle = pb.fit(pb.node(apart, 2), apart, epochs=2, progress=False)
+    with pytest.warns(pb.AliasedWarning, match=f"No cell of {name} is in a batch with control cells"):
+        hits = pb.effects(idle, n_draws=4)
+    assert not bool(hits["hit"].sel(tested_perturbation=name))

@@ -116,7 +116,7 @@ def test_one_condition_is_a_screen_and_fit_says_what_it_cannot_teach(small: pb.S
     [
         ({"epochs": 0}, "epochs must be between 1"),
         ({"minibatch": 0}, "minibatch must be between 1"),
-        ({"learning_rate": -1.0}, "learning_rate must be between 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be between 1e-08"),
         ({"validation": 1.0}, r"validation must be between 0 and 0\.9"),
     ],
 )
@@ -143,6 +143,6 @@ class Explosive(torch.nn.Module):
 
 
 def test_a_wait_that_cannot_be_solved_names_condition_and_span(small: pb.Screen) -> None:
-    with pytest.raises(SolverError, match=r"could not be solved with \d+ steps.*Worst: .*Wait\(.*Lower learning_rate") as caught:
+    with pytest.raises(SolverError, match=r"could not be solved with \d+ steps.*Worst: .*Wait\(.*lower learning_rate") as caught:
         pb.fit(pb.node(small, 2, field=Explosive()), small, **SETTINGS)
     assert "Trace Shapes" not in str(caught.value)

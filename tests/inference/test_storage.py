@@ -114,3 +114,30 @@ def test_tensors_of_another_fit(saved: Path) -> None:
     torch.save({"model": {}, "guide": {}}, saved / "tensors.pt")
     with pytest.raises(ValueError, match=r"does not fit fit\.json"):
         pb.load(saved)
+
+
+@pytest.mark.parametrize("name", ["depth", "trained_on"])
+def test_a_folder_that_lacks_a_part_is_damaged(saved: Path, name: str) -> None:
+    values = json.loads((saved / "fit.json").read_text())
+    del values[name]
+    (saved / "fit.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is damaged"):
+        pb.load(saved)
+
+
+def test_a_list_is_no_fit(saved: Path) -> None:
+    (saved / "fit.json").write_text("[]")
+    with pytest.raises(ValueError, match="format version None"):
+        pb.load(saved)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_anndata_is_no_screen(simulation: object, fit: pb.Fit) -> None:
+    for ask in (
+        lambda a: pb.node(a),
+        lambda a: pb.fit(fit.model, a),
+        lambda a: pb.log_density(fit, a),
+        lambda a: pb.predictive_check(fit, a),
+    ):
+        with pytest.raises(TypeError, match=r"A Screen is needed here; got AnnData\. Read an AnnData with"):
+            ask(simulation.adata)

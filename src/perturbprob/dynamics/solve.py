@@ -97,4 +97,4 @@ class Solver:
         try:
             return odeint(slope, state, span, method=self.method, rtol=self.tolerance * 1e-2, atol=self.tolerance * 1e-3)[-1]
         except AssertionError as error:  # torchdiffeq's "underflow in dt"
-            raise SolverError(f"The wait could not be solved with {self.method}: {error}.", 0) from error
+            raise SolverError(f"The wait could not be solved with {self.method}: {error}.") from error

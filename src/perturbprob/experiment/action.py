@@ -253,4 +253,9 @@ def _read(node: ast.expr) -> list[Action]:
         return [action for part in node.args for item in part.elts for action in _read(item)]
     if node.keywords:
         raise TypeError("a protocol is written without keywords")
-    return [_NAMES[node.func.id](*(ast.literal_eval(a) for a in node.args))]
+    kind = _NAMES[node.func.id]
+    try:
+        values = [ast.literal_eval(a) for a in node.args]
+    except ValueError as error:
+        raise TypeError("genes and media are quoted, times are numbers") from error
+    return [kind(*values)]

@@ -275,6 +275,14 @@ class Screen:
         return index
 
 
+def require_screen(screen: object) -> None:
+    """Refuse anything but a screen, such as the AnnData it should be read from."""
+    if not isinstance(screen, Screen):
+        raise TypeError(
+            f"A Screen is needed here; got {type(screen).__name__}. Read an AnnData with pb.Screen.from_anndata(adata, ...) first."
+        )
+
+
 def _text(names: ArrayLike) -> np.ndarray:
     """Return names as an array of str objects."""
     return np.asarray(names).astype(str).astype(object)

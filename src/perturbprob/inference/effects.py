@@ -1,6 +1,7 @@
 """What each perturbation does to each gene, and whether it does anything."""
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.inference.draws import check_draws, global_draws, seeded
-from perturbprob.inference.predict import Expectation, labelled, say_aliased
+from perturbprob.inference.predict import AliasedWarning, Expectation, labelled
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -40,7 +41,7 @@ def effects(
     - ``log_evidence``, an approximate log Bayes factor against the perturbation doing nothing;
     - ``probability`` that it does anything, from that factor and the ``prior`` probability;
     - ``false_discovery_share``, the expected share of false discoveries among it and all perturbations with a higher probability;
-    - ``hit``: that share is at most ``false_discoveries``.
+    - ``hit``: that share is at most ``false_discoveries``, and some of its cells share a batch with control cells.
 
     The factor is Wakefield's (Genet. Epidemiol. 33:79, 2009) from the posterior mean m and covariance C of a gene's fold changes over
     the T media and times of the perturbation. A perturbation that does something changes each gene with probability w = 0.05,
@@ -59,7 +60,6 @@ def effects(
     if not 0 < false_discoveries < 1 or not 0 < prior < 1 or not 0 < level < 1:
         raise ValueError("level, false_discoveries and prior are probabilities between 0 and 1.")
     pairs = _pairs(fit, against)
-    say_aliased(fit, ["perturbation"])
     everyone = list(dict.fromkeys(p for pair in pairs for p in pair))
     number = {p: k for k, p in enumerate(everyone)}
     here, there = (torch.tensor([number[pair[side]] for pair in pairs]) for side in (0, 1))
@@ -80,7 +80,10 @@ def effects(
         return result
     names = [p.perturbation for p, _ in pairs]
     evidence = {n: log_evidence(values[:, [k for k, m in enumerate(names) if m == n]]) for n in dict.fromkeys(names)}
-    return result.merge(_hits(evidence, prior, false_discoveries), combine_attrs="no_conflicts")
+    hits = _hits(evidence, prior, false_discoveries)
+    alone = _uncontrolled(fit)
+    hits["hit"] = hits["hit"] & ~hits["tested_perturbation"].isin(alone)
+    return result.merge(hits, combine_attrs="no_conflicts")
 
 
 def log_evidence(draws: Float[Tensor, "draw condition gene"]) -> float:
@@ -105,9 +108,11 @@ def log_evidence(draws: Float[Tensor, "draw condition gene"]) -> float:
 def _shared(standardised: Float[Tensor, "gene condition draw"]) -> float:
     """Return how many genes move as one in the draws: tr(R²) / genes of their correlation R, freed of its sampling noise; at least 1."""
     n_genes, n_conditions, n_draws = standardised.shape
-    gram = torch.einsum("gcd,gce->cde", standardised, standardised) / (n_draws - 1)
-    squares = gram.square().sum() / n_conditions - n_genes**2 / (n_draws - 1)
-    return max(1.0, float(squares) / n_genes)
+    squares = -(n_genes**2) / (n_draws - 1)
+    for x in standardised.unbind(1):
+        gram = x @ x.T if n_genes < n_draws else x.T @ x
+        squares += float((gram / (n_draws - 1)).square().sum()) / n_conditions
+    return max(1.0, squares / n_genes)
 
 
 def _pairs(fit: "Fit", against: str) -> list[tuple[Protocol, Protocol]]:
@@ -125,6 +130,23 @@ def _pairs(fit: "Fit", against: str) -> list[tuple[Protocol, Protocol]]:
     if not pairs:
         raise ValueError(f"No other fitted condition has the media and times of {against!r}, so nothing can be compared with it.")
     return pairs
+
+
+def _uncontrolled(fit: "Fit") -> list[str]:
+    """Return, and warn of, perturbations without a cell in any batch that holds control cells."""
+    batches: dict[str, set[str]] = {}
+    for text, cells in fit.trained_on["conditions"].items():
+        batches.setdefault(Protocol.parse(text).perturbation, set()).update(cells)
+    controlled = batches.pop("control", set())
+    alone = [name for name, own in batches.items() if not own & controlled]
+    if alone:
+        warnings.warn(
+            f"No cell of {', '.join(alone[:5])}{' and others' if len(alone) > 5 else ''} is in a batch with control cells: what it does "
+            "cannot be told from its batch effect. It is not called a hit; put control cells into every batch.",
+            AliasedWarning,
+            stacklevel=3,
+        )
+    return alone
 
 
 def _hits(evidence: dict[str, float], prior: float, cut: float) -> xr.Dataset:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from perturbprob.dynamics.solve import SolverError
-from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
@@ -114,8 +114,11 @@ def fit(
     the order of the cells and all draws; the user's own random state is left alone.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
+    require_screen(screen)
     minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
-    _check_arguments(model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation)
+    _check_arguments(
+        model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
+    )
     settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
     with torch.random.fork_rng():
@@ -132,9 +135,9 @@ def fit(
 def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
     """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
     for name, value in numbers.items():
-        low, high = (0, 0.9) if name == "validation" else (0 if name == "learning_rate" else 1, float("inf"))
+        low, high = {"validation": (0, 0.9), "learning_rate": (1e-8, 1)}.get(name, (1, 10**9))
         if not low <= value <= high:
-            raise ValueError(f"{name} must be between {low} and {high}; got {value}.")
+            raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
     if screen.n_cells < 2:
         raise ValueError(f"A fit needs at least 2 cells; the screen has {screen.n_cells}.")
     if not model.vocabulary.perturbations and not model.vocabulary.media and len(screen.times) < 2:

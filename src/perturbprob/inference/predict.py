@@ -68,7 +68,7 @@ def predict(
     if len(batches) != len(protocols):
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     if None in batches:
-        say_aliased(fit)
+        _say_aliased(fit)
     values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed)))
     lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
     data = {"mean": values.mean(0), "lower": lower, "upper": upper}
@@ -104,9 +104,9 @@ def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | A
     return [fit.model.vocabulary.protocol(p) for p in several]
 
 
-def say_aliased(fit: "Fit", factors: Sequence[str] = ("time", "media", "perturbation")) -> None:
+def _say_aliased(fit: "Fit") -> None:
     """Say that η = 0 is not a neutral choice where every batch holds one level of a factor."""
-    with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f in factors})
+    with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f != "batch"})
     if with_batch:
         words = " and ".join([", ".join(with_batch), "batch"])
         warnings.warn(

@@ -53,14 +53,14 @@ def load(path: str | Path, modules: dict[str, nn.Module] | None = None) -> Fit:
     folder = Path(path)
     values = _read_json(folder)
     tensors = _read_tensors(folder / "tensors.pt")
-    field = _field(values["model"]["recipe"], modules or {})
     try:
+        field = _field(values["model"]["recipe"], modules or {})
         model, guide = _rebuild(values["model"], tensors, field)
-    except (KeyError, RuntimeError) as error:
+        depth = values["depth"]
+        means = {key: (mean, n) for key, (mean, n) in depth["means"].items()}
+        kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions")}
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged: tensors.pt does not fit fit.json. Save the fit again. ({error})") from error
-    depth = values["depth"]
-    means = {key: (mean, n) for key, (mean, n) in depth["means"].items()}
-    kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions")}
     return Fit(model=model, guide=guide, depth=DepthLaw(depth["factors"], means, tuple(depth["residual"])), **kept)
 
 

@@ -12,8 +12,8 @@ def verdict(losses: dict[str, list[float]], settings: dict[str, Any]) -> str:
     whole training did, and as over-fitted where the validation loss has risen by more than 5 % of that since its best.
     """
     train = np.asarray(losses["train"])
-    if len(train) < 2:
-        return f"{len(train)} epochs: too few to judge. Verdict: NOT TRAINED; raise epochs."
+    if len(train) < 5:
+        return f"{len(train)} epochs: too few to judge.\nVerdict: NOT TRAINED; raise epochs."
     held = np.asarray(losses["validation"])
     followed = held if len(held) else train
     gain = followed[0] - followed.min()

@@ -89,11 +89,9 @@ class CellModel(PyroModule):
         try:
             return self.transition(z, protocol, self.pushes(sites))
         except SolverError as error:
-            raise SolverError(
-                f"{error} Worst: {self._described(protocol, error.cell)}. Lower learning_rate, or give a smoother field.",
-                error.cell,
-                error.error,
-            ) from None
+            worst = self._described(protocol, error.cell) if error.cell >= 0 else "not known"
+            advice = "Wait no longer than was measured, lower learning_rate, or give a smoother field."
+            raise SolverError(f"{error} Worst: {worst}. {advice}", error.cell, error.error) from None
 
     def _described(self, protocol: Sequence[Segment], cell: int) -> str:
         """Say what was done to a cell, and over which span it was solved."""

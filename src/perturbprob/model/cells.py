@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.model.condition_effect import nodes
 
 if TYPE_CHECKING:
-    from perturbprob.experiment.screen import Screen
     from perturbprob.model.cell_model import CellModel
 
 
@@ -48,8 +48,9 @@ class CellTable:
     which `sites` draws given one draw of the others.
     """
 
-    def __init__(self, model: "CellModel", screen: "Screen", protocols: Sequence[Protocol] | None = None) -> None:
+    def __init__(self, model: "CellModel", screen: Screen, protocols: Sequence[Protocol] | None = None) -> None:
         """Encode each condition once; ``protocols``, one for each condition of the screen, stand in for what was really done."""
+        require_screen(screen)
         names = model.vocabulary
         if tuple(screen.genes) != names.genes:
             missing = sorted(set(names.genes) - set(screen.genes))

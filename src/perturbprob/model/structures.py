@@ -8,7 +8,7 @@ from torch import nn
 
 from perturbprob.dynamics.neural_ode import NeuralODE
 from perturbprob.dynamics.solve import Solver
-from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
@@ -41,6 +41,7 @@ def node(
     gives names and the
     share of each gene in all counts; nothing of it is kept.
     """
+    require_screen(screen)
     if n_latent < 1:
         raise ValueError(f"n_latent is the size of the latent state and must be at least 1; got {n_latent}.")
     if measurement not in HEADS:
