@@ -22,8 +22,8 @@ def recovery(root: Path) -> ModuleType:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_truth_lies_inside_the_intervals(recovery: ModuleType, seed: int) -> None:
-    simulation = pb.simulate(n_cells=1500, n_genes=30, n_perturbations=4, n_batches=3, times=(1.0, 2.0), unequal=0.5, seed=seed)
-    found = recovery.recover(simulation, epochs=60, n_draws=100)
+    simulation = pb.simulate(n_cells=1000, n_genes=24, n_perturbations=3, n_batches=3, times=(1.0, 2.0), unequal=0.5, seed=seed)
+    found = recovery.recover(simulation, epochs=40, n_draws=100)
     for name in ("batch_effect", "log_fold_change", "dispersion"):
         # 60 to 240 entries each: two standard errors of a share of 0.9 in the smallest are 0.08
         assert 0.75 <= found[name] <= 1.0, (name, found)

@@ -52,7 +52,7 @@ class Solver:
     """
 
     def __init__(
-        self, method: str = "rk4", *, n_steps: int = 2, max_steps: int = 128, tolerance: float = 5e-3, check_every: int = 50
+        self, method: str = "rk4", *, n_steps: int = 2, max_steps: int = 128, tolerance: float = 1e-2, check_every: int = 50
     ) -> None:
         """Choose the method and its accuracy."""
         if method not in ("rk4", *ADAPTIVE):

@@ -41,7 +41,8 @@ def effects(
     - ``log_evidence``, an approximate log Bayes factor against the perturbation doing nothing;
     - ``probability`` that it does anything, from that factor and the ``prior`` probability;
     - ``false_discovery_share``, the expected share of false discoveries among it and all perturbations with a higher probability;
-    - ``hit``: that share is at most ``false_discoveries``, and some of its cells share a batch with control cells.
+    - ``hit``: that share is at most ``false_discoveries``, its own probability above 0.5, and some of its cells are in a batch
+      with control cells.
 
     The factor is Wakefield's (Genet. Epidemiol. 33:79, 2009) from the posterior mean m and covariance C of a gene's fold changes over
     the T media and times of the perturbation. A perturbation that does something changes each gene with probability w = 0.05,
@@ -157,6 +158,11 @@ def _hits(evidence: dict[str, float], prior: float, cut: float) -> xr.Dataset:
     order = np.argsort(-logit, kind="stable")
     share = np.empty(len(names))
     share[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(names) + 1)
-    data = {"log_evidence": list(evidence.values()), "probability": probability, "false_discovery_share": share, "hit": share <= cut}
+    data = {
+        "log_evidence": list(evidence.values()),
+        "probability": probability,
+        "false_discovery_share": share,
+        "hit": (share <= cut) & (probability > 0.5),
+    }
     dim = "tested_perturbation"
     return xr.Dataset({k: (dim, np.asarray(v)) for k, v in data.items()}, {dim: names}, {"false_discoveries": cut, "prior": prior})

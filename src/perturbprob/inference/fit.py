@@ -13,7 +13,6 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.screen import Screen, require_screen
@@ -22,6 +21,10 @@ from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
 from perturbprob.model.guide import Guide, node_batch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # without ipywidgets tqdm warns in a notebook, and shows the bar as text
+    from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from anndata import AnnData
