@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import pandas as pd
+import torch
 import typer
 
 from perturbprob import inference, studies
@@ -105,6 +106,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Fit the embedded screen of Ishikawa et al. (2023) and judge the fit on held-out cells."""
+    torch.set_num_threads(1)  # 256 cells of 103 genes are too little work to share: a second thread slows every step down
     effort = QUICK if quick else Effort()
     effort = effort if epochs is None else replace(effort, epochs=epochs)
     facts = run_demo(out, effort, seed=seed, say=_tell if as_json else _say, progress=sys.stderr.isatty())
