@@ -61,13 +61,13 @@ def test_more_cells_and_batches_leave_the_truth_about_conditions_alone():
 
 
 @settings(max_examples=15, deadline=None)
-@given(n_batches=st.integers(1, 6), n_genes=st.integers(5, 40), batch_scale=st.floats(0, 2), seed=st.integers(0, 2**32))
+@given(n_batches=st.integers(1, 6), n_genes=st.integers(5, 40), batch_scale=st.just(0.0) | st.floats(1e-3, 2), seed=st.integers(0, 2**32))
 def test_batch_effects_are_zero_sum_over_batches_and_centred_over_genes_by_rate(n_batches, n_genes, batch_scale, seed):
     truth = simulate(n_cells=300, n_genes=n_genes, n_perturbations=2, n_batches=n_batches, batch_scale=batch_scale, seed=seed).truth
     eta, control = truth["batch_effect"], truth["rate_share"].sel(condition="Protocol([Wait(1)])")
     assert abs(eta.sum("batch")).max() < 1e-13
     assert abs((eta * control).sum("gene")).max() < 1e-13
-    assert (float(eta.std()) > 0) == (n_batches > 1 and batch_scale > 1e-300)
+    assert (float(eta.std()) > 0) == (n_batches > 1 and batch_scale > 0)
 
 
 def test_control_in_baseline_media_rests_and_every_other_media_moves_it():
