@@ -56,9 +56,9 @@ def predict(
     A perturbation, media or batch that the fit has never seen is refused. A time it has not seen is predicted with wider intervals.
 
     >>> import perturbprob as pb
-    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, n_batches=1, seed=1).screen
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
     >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
-    >>> pb.predict(fit, screen.conditions[-1], n_draws=4).sizes
+    >>> pb.predict(fit, screen.conditions[-1], n_draws=4, batch="average").sizes
     Frozen({'condition': 1, 'gene': 10})
     """
     check_draws(n_draws)
