@@ -73,7 +73,7 @@ def points(axes):
 
 
 def test_losses_are_drawn_over_the_epochs_and_the_kept_one_is_marked(fit):
-    fit = replace(fit, settings=fit.settings | {"warmup": 3})
+    fit = replace(fit, settings=fit.settings | {"warmup": 2})
     figure = plots.losses(fit)
     (axes,) = figure.axes
     train, held, best = axes.lines
