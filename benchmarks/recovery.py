@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--screens", type=int, default=10)
     parser.add_argument("--cells", type=int, default=3000)
+    parser.add_argument("--genes", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--unequal", type=float, nargs="+", default=[0.0, 0.5])
@@ -67,14 +68,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for seed in range(options.screens):
         unequal = options.unequal[seed % len(options.unequal)]
-        simulation = pb.simulate(n_cells=options.cells, n_batches=options.batches, unequal=unequal, seed=seed)
+        simulation = pb.simulate(n_cells=options.cells, n_genes=options.genes, n_batches=options.batches, unequal=unequal, seed=seed)
         rows.append({"seed": seed, "unequal": unequal} | recover(simulation, epochs=options.epochs, own_depth=options.own_depth))
         if not options.json:
             print(rows[-1], flush=True)
     mean = {name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0] if name not in ("seed", "unequal")}
     setting = {
         "cells": options.cells,
-        "genes": 50,
+        "genes": options.genes,
         "batches": options.batches,
         "own_depth": options.own_depth,
         "seconds": round(time.perf_counter() - start),

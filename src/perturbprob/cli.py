@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -94,6 +95,20 @@ def _with_columns(verb: Callable[..., None]) -> Callable[..., None]:
     columns = [inspect.Parameter(name, kind, default=None, annotation=annotation) for name, annotation in added.items()]
     run.__signature__ = inspect.Signature([*own, *columns])
     return run
+
+
+def _version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        _say(version("perturbprob"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False,
+) -> None:
+    """Posteriors for perturbation screens with single-cell readouts."""
 
 
 @_command

@@ -52,11 +52,13 @@ def demo(out: Path, effort: Effort | None = None, *, seed: int = 0, say: Say = p
     say(f"{screen!r}\n\nLayout\n{_indented(screen.layout.report())}\n")
     fitted = fit(node(train, n_latent=10), train, epochs=effort.epochs, warmup=effort.warmup, seed=seed, progress=progress)
     facts: dict[str, Any] = (
-        {"cells": screen.n_cells, "genes": screen.n_genes} | _elbo(fitted, say) | _densities(fitted, train, test, effort, say)
+        {"cells": screen.n_cells, "genes": screen.n_genes}
+        | _elbo(fitted, say)
+        | _densities(fitted, train, test, effort, say, progress=progress)
     )
     check = predictive_check(fitted, screen, n_draws=effort.replicates, seed=seed, progress=progress)
     facts |= _zeros(check, say)
-    hits = effects(fitted, n_draws=effort.draws, seed=seed)
+    hits = effects(fitted, n_draws=effort.draws, seed=seed, progress=progress)
     say(f"Perturbations that do something: {', '.join(hits.tested_perturbation.values[hits.hit.values]) or 'none'}.\n")
     files = _write(out, fitted, check, hits, n_draws=effort.draws)
     facts |= {"seconds": round(time.perf_counter() - start, 1), "files": files}
@@ -89,10 +91,10 @@ def _elbo(fitted: Fit, say: Say) -> dict[str, float]:
     return {"elbo_first": first, "elbo_last": last}
 
 
-def _densities(fitted: Fit, train: Screen, test: Screen, effort: Effort, say: Say) -> dict[str, float]:
+def _densities(fitted: Fit, train: Screen, test: Screen, effort: Effort, say: Say, *, progress: bool) -> dict[str, float]:
     """Say how probable the held-out cells are, beside the baselines."""
     density = {
-        "heldout_logp": log_density(fitted, test, effort.particles, seed=fitted.seed),
+        "heldout_logp": log_density(fitted, test, effort.particles, seed=fitted.seed, progress=progress),
         "baseline_condition_nb": baselines.condition_negative_binomial(train, test),
         "baseline_nb": baselines.negative_binomial(train, test),
     }

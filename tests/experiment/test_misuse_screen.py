@@ -108,8 +108,10 @@ def test_no_control_cell():
     refuse(r"No control cell: adata.obs\['perturbation'\] holds 2 labels \(A, B\).*control='...'", make(perturbation=["A", "B", "A", "B"]))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_control_word_that_does_not_occur():
     refuse(r"control='contrl' does not occur in adata.obs\['perturbation'\]. Did you mean 'control'\?", make(), control="contrl")
+    refuse(r"control= is the label of control cells, or a list of labels, as text; got 0\. Write control='0'", make(), control=0)
     refuse("control='AAVS1' does not occur", make(), control=["control", "AAVS1"])
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import perturbprob as pb
 from perturbprob.dynamics import SolverError
+from perturbprob.inference.verdict import verdict
 
 SETTINGS = {"epochs": 2, "warmup": 1, "progress": False}
 
@@ -70,6 +72,27 @@ def test_the_loss_falls_and_the_report_says_so(fit: pb.Fit) -> None:
     assert "600 cells × 12 genes" in repr(fit)
 
 
+def test_a_short_training_is_called_short() -> None:
+    losses = {"train": [2.0, 1.0, *[0.9] * 20], "validation": []}
+    settings = {"epochs": 22, "best_epoch": 21}
+    assert "TOO SHORT: 220 steps" in verdict(losses, settings | {"steps_per_epoch": 10})
+    assert "CONVERGED" in verdict(losses, settings | {"steps_per_epoch": 100})
+
+
+def test_one_time_cannot_teach_the_decay(fit: pb.Fit, small: pb.Screen) -> None:
+    assert "decay" not in fit.report()
+    once = small[small.cells_of(small.conditions[0])]
+    with pytest.warns(UserWarning, match="one condition"):
+        assert "equally long: the decay γ of the latent state keeps the value" in pb.fit(pb.node(once, 2), once, **SETTINGS).report()
+
+
+def test_a_wide_encoder_survives_saving(small: pb.Screen, tmp_path: Path) -> None:
+    fit = pb.fit(pb.node(small, 2, n_hidden=16), small, **SETTINGS)
+    assert fit.guide.encoder.network[0].out_features == 16
+    fit.save(tmp_path / "fit")
+    torch.testing.assert_close(parameters(pb.load(tmp_path / "fit")), parameters(fit))
+
+
 def test_the_best_epoch_is_kept(small: pb.Screen) -> None:
     fit = pb.fit(pb.node(small, 2), small, epochs=6, warmup=1, learning_rate=0.05, progress=False)
     assert fit.settings["best_epoch"] == int(np.argmin(fit.losses["validation"]))
@@ -115,11 +138,13 @@ def test_one_condition_is_a_screen_and_fit_says_what_it_cannot_teach(small: pb.S
     ("setting", "message"),
     [
         ({"epochs": 0}, "epochs must be between 1"),
+        ({"epochs": 1.5}, r"epochs must be a whole number; got 1\.5"),
         ({"minibatch": 0}, "minibatch must be between 1"),
         ({"learning_rate": -1.0}, "learning_rate must be between 1e-08"),
         ({"validation": 1.0}, r"validation must be between 0 and 0\.9"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_settings_that_cannot_work(small: pb.Screen, setting: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pb.fit(pb.node(small, 2), small, **(SETTINGS | setting))

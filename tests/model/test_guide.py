@@ -28,7 +28,7 @@ def make(screen, **how):
     """A model of a screen, its guide and its cells."""
     model = node(screen, 2, n_hidden=8, **how)
     torch.manual_seed(0)
-    return model, Guide(model, node_batch(model, screen), n_hidden=8), CellTable(model, screen).cells(torch.arange(screen.n_cells))
+    return model, Guide(model, node_batch(model, screen)), CellTable(model, screen).cells(torch.arange(screen.n_cells))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,20 @@ def test_every_parameter_of_model_and_guide_is_trained(screen):
     elbo(cells).backward()
     without = [name for name, parameter in elbo.named_parameters() if parameter.grad is None or not parameter.grad.abs().max() > 0]
     assert without == []
+
+
+def test_it_starts_as_wide_as_the_counts_leave_it(screen):
+    model, guide, _ = make(screen)
+    guide.start(model, screen)
+    counts = screen.counts.toarray()
+    for number, node_ in enumerate(model.condition_effect.nodes):
+        own = [c for c, p in enumerate(screen.conditions) if node_ in nodes(model.vocabulary.protocol(p), model.vocabulary.time_scale)]
+        groups = [counts[screen.condition == c] for c in own]
+        information = sum(g.sum(0) / (1 + g.mean(0)) for g in groups) + 100
+        np.testing.assert_allclose(guide.condition_log_scale[number].detach(), -0.5 * np.log(information), rtol=1e-4)
+    batches = sum(counts[screen.batch == b].sum(0) / (1 + counts[screen.batch == b].mean(0)) for b in range(2))
+    np.testing.assert_allclose(guide.block_log_scale[:, 0].detach(), -0.5 * np.log(batches + 1), rtol=1e-4)
+    assert (guide.dispersion_log_scale < 0.5 * np.log(2)).all()  # no wider than the prior
 
 
 def test_making_a_guide_and_its_model_leaves_the_random_state_of_globals_alone(screen):

@@ -33,7 +33,7 @@ def screen():
 
 def step(model, screen):
     """Take one gradient step of the ELBO; return the loss before and after on the same noise."""
-    elbo = Trace_ELBO()(model, Guide(model, node_batch(model, screen), n_hidden=8))
+    elbo = Trace_ELBO()(model, Guide(model, node_batch(model, screen)))
     cells, losses = CellTable(model, screen).cells(torch.arange(screen.n_cells)), []
     optimiser = torch.optim.Adam(elbo.parameters(), lr=1e-3)
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_protocols_that_the_screen_never_saw_can_be_carried(screen):
 
 @pytest.mark.parametrize("n_latent", [0, -3])
 def test_a_latent_state_needs_a_size(screen, n_latent):
-    with pytest.raises(ValueError, match=f"n_latent is the size of the latent state and must be at least 1; got {n_latent}"):
+    with pytest.raises(ValueError, match=f"n_latent is a number of dimensions and must be a whole number of at least 1; got {n_latent}"):
         node(screen, n_latent)
 
 

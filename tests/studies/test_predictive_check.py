@@ -50,7 +50,7 @@ def test_it_does_not_depend_on_the_minibatch_beyond_noise(fit: pb.Fit, screen: p
     again = pb.predictive_check(fit, screen, n_draws=30, minibatch=77, progress=False)
     assert np.allclose(again.gene["observed"], check.gene["observed"])
     error = (again.gene["replicated"] - check.gene["replicated"]) / check.gene["replicated_sd"]
-    assert float(abs(error).max()) < 4 * (2 / 30) ** 0.5
+    assert float(abs(error).max()) < 5 * (2 / 30) ** 0.5  # thirty values, each over a deviation that is itself estimated
 
 
 def test_data_of_the_model_pass_and_other_data_do_not(fit: pb.Fit, screen: pb.Screen) -> None:
@@ -80,6 +80,6 @@ def test_no_draws_is_refused(fit: pb.Fit, screen: pb.Screen) -> None:
 
 
 def test_a_large_check_says_how_much_memory(fit: pb.Fit, screen: pb.Screen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["perturbprob.studies.predictive_check"], "LARGE", 1.0)
+    monkeypatch.setattr(sys.modules["perturbprob.inference.draws"], "LARGE", 1.0)
     with pytest.warns(UserWarning, match="will hold .* GB of statistics"):
         pb.predictive_check(fit, screen, n_draws=1, progress=False)

@@ -106,6 +106,15 @@ def genes_of(label: str, control: Iterable[str] = ()) -> tuple[str, ...]:
     return () if _plain(label) in words else tuple(part.strip() for part in label.split("+") if _plain(part) not in words)
 
 
+def control_words(control: object) -> tuple[str, ...]:
+    """Return the user's words for control as a tuple; refuse anything but text."""
+    words = (control,) if isinstance(control, str) else tuple(control) if isinstance(control, Iterable) else (control,)
+    if not all(isinstance(word, str) for word in words):
+        found = f"got {control!r}. Write control={str(control)!r}"
+        raise ValueError(f"control= is the label of control cells, or a list of labels, as text; {found}.")
+    return words
+
+
 def read_perturbations(obs: pd.DataFrame, name: str | None, *, control: Sequence[str], kind: str | None) -> Levels:
     """Read the perturbations of every cell, as tuples of actions; ``control`` holds words for control beside the usual ones."""
     column = read_column(obs, "perturbation", name, hint=" For a screen without perturbations pass perturbation=None.")

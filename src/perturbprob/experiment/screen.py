@@ -122,7 +122,7 @@ class Screen:
         """
         columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
         reading.check_names(adata)
-        obs, words = adata.obs, (control,) if isinstance(control, str) else tuple(control)
+        obs, words = adata.obs, reading.control_words(control)
         counts = read_counts(adata, layer)
         perturbed = reading.read_perturbations(obs, perturbation, control=words, kind=perturbation_type)
         placed, baseline = reading.read_media(obs, media, baseline)

@@ -9,7 +9,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.inference.draws import Sites, bar, check_draws, global_draws, seeded
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def importance(
 
 @torch.no_grad()
 def log_density(
-    fit: "Fit", screen: "Screen", particles: int = 100, *, n_draws: int = 10, minibatch: int = 256, seed: int = 0
+    fit: "Fit", screen: "Screen", particles: int = 100, *, n_draws: int = 10, minibatch: int = 256, seed: int = 0, progress: bool = True
 ) -> xr.DataArray:
     """Return the log predictive density of each cell of a screen, dim (cell,), in nats.
 
@@ -63,7 +63,8 @@ def log_density(
         with seeded(seed, k, 1):
             draws.append(table.sites(draw))
     values = []
-    for number, cells in enumerate(table.minibatches(minibatch)):
+    steps = -(-screen.n_cells // minibatch)
+    for number, cells in enumerate(bar(table.minibatches(minibatch), "log density", "minibatch", progress=progress, total=steps)):
         each = [importance(fit.model, fit.guide, sites, cells, particles, seed=(seed, k, 4 + number)) for k, sites in enumerate(draws)]
         values.append(torch.logsumexp(torch.stack(each), 0) - math.log(n_draws))
     return xr.DataArray(

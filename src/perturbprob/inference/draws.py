@@ -1,18 +1,26 @@
 """Coherent draws: one value of every global site per draw, the same for all cells and minibatches."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # without ipywidgets tqdm warns in a notebook, and shows the bar as text
+    from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
     from perturbprob.model.guide import Guide
 
 Sites = dict[str, Tensor]
+
+LARGE = 2e9
 
 
 def check_draws(n_draws: int, name: str = "n_draws") -> None:
@@ -21,14 +29,25 @@ def check_draws(n_draws: int, name: str = "n_draws") -> None:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
 
 
+def bar(items: Iterable[Any], what: str, unit: str, *, progress: bool, total: int | None = None) -> "tqdm[Any]":
+    """Iterate with a progress bar, silent where it is not wanted."""
+    return tqdm(items, desc=what, unit=unit, total=total, disable=not progress, leave=False)
+
+
+def warn_if_large(n_values: int, what: str, advice: str) -> None:
+    """Say before the work starts that it will hold more than 2 GB of single-precision values."""
+    if 4 * n_values > LARGE:
+        warnings.warn(f"This will hold {4 * n_values / 1e9:.1f} GB of {what}. {advice}", stacklevel=3)
+
+
 @torch.no_grad()
-def global_draws(model: "CellModel", guide: "Guide | None", n_draws: int, seed: int = 0) -> Iterator[Sites]:
+def global_draws(model: "CellModel", guide: "Guide | None", n_draws: int, seed: int = 0, *, progress: str | None = None) -> Iterator[Sites]:
     """Yield draws of every global site, sampled and derived, from the guide; from the prior where there is no guide.
 
-    The user's random state is left alone; draw k is the same whatever is done between draws.
+    The user's random state is left alone; draw k is the same whatever is done between draws. ``progress`` names the bar, if any.
     """
     check_draws(n_draws)
-    for k in range(n_draws):
+    for k in bar(range(n_draws), progress or "", "draw", progress=progress is not None):
         with seeded(seed, k):
             around = model.globals
             if guide is not None:
@@ -54,7 +73,7 @@ def _sites(run: Callable[[], Sites]) -> Sites:
 def seeded(*seed: int) -> Iterator[None]:
     """Run a block under a seed of its own, mixed from several numbers, and give the user's random state back."""
     with torch.random.fork_rng():
-        torch.manual_seed(sum(part * factor for part, factor in zip(seed, (1, 1_000_003, 998_244_353), strict=False)) % 2**31)
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         yield
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
-from perturbprob.inference.draws import check_draws, global_draws, seeded
+from perturbprob.inference.draws import check_draws, global_draws, seeded, warn_if_large
 from perturbprob.inference.predict import AliasedWarning, Expectation, labelled
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def effects(
     false_discoveries: float = 0.05,
     prior: float = 0.5,
     seed: int = 0,
+    progress: bool = True,
 ) -> xr.Dataset:
     """Return the log fold change of every gene in every fitted condition against control, and which perturbations are hits.
 
@@ -63,9 +64,11 @@ def effects(
     pairs = _pairs(fit, against)
     everyone = list(dict.fromkeys(p for pair in pairs for p in pair))
     number = {p: k for k, p in enumerate(everyone)}
+    n_values = 4 * n_draws * len(pairs) * len(fit.model.vocabulary.genes)
+    warn_if_large(n_values, f"{n_draws} draws of {len(pairs)} conditions", "Lower n_draws.")
     here, there = (torch.tensor([number[pair[side]] for pair in pairs]) for side in (0, 1))
     expectation, draws = Expectation(fit, everyone, [None] * len(everyone), seed=seed), []
-    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
+    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="effects" if progress else None)):
         with seeded(seed, k, 2):
             sites = expectation.complete(sites)
             log_mean = torch.cat([torch.logsumexp(expectation.log_shares(sites, part), 0) for part in expectation.parts]).cpu()

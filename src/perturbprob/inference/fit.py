@@ -15,16 +15,14 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from perturbprob.dynamics.solve import SolverError
+from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.depth import DepthLaw
+from perturbprob.inference.draws import bar
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
 from perturbprob.model.guide import Guide, node_batch
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # without ipywidgets tqdm warns in a notebook, and shows the bar as text
-    from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -65,7 +63,15 @@ class Fit:
             from perturbprob.report import write_report
 
             write_report(self, path)
-        return verdict(self.losses, self.settings)
+        return "\n".join([verdict(self.losses, self.settings), *self._unlearnt()])
+
+    def _unlearnt(self) -> list[str]:
+        """Say what this screen cannot teach about waiting."""
+        waits = {Protocol.parse(text).time for text in self.trained_on["conditions"]}
+        if len(waits) > 1:
+            return []
+        kept = "the decay γ of the latent state keeps the value it started from"
+        return [f"All cells waited equally long: {kept}, and predictions at other times rest on it."]
 
     def save(self, path: str | Path) -> None:
         """Write the fit into a folder that `load` reads."""
@@ -139,6 +145,8 @@ def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None
     """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
     for name, value in numbers.items():
         low, high = {"validation": (0, 0.9), "learning_rate": (1e-8, 1)}.get(name, (1, 10**9))
+        if name not in ("validation", "learning_rate") and not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number; got {value!r}.")
         if not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
     if screen.n_cells < 2:
@@ -161,7 +169,10 @@ class _Training:
         order = torch.randperm(screen.n_cells)
         n_held = min(int(settings["validation"] * screen.n_cells), screen.n_cells - 1)
         self.held, self.training = order[:n_held], order[n_held:]
-        self.guide = Guide(model, node_batch(model, screen)).to(model.log_share.device)
+        self.settings["steps_per_epoch"] = -(-len(self.training) // settings["minibatch"])
+        self.guide = Guide(model, node_batch(model, screen))
+        self.guide.start(model, screen)
+        self.guide.to(model.log_share.device)
         self.elbo = Trace_ELBO()(model, self.guide)
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}
         self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
@@ -171,16 +182,16 @@ class _Training:
         self.elbo(self.table.cells(self.training[:2], len(self.training)))
         optimiser = torch.optim.Adam(self.elbo.parameters(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
-        bar = tqdm(range(self.settings["epochs"]), desc="fit", unit="epoch", disable=not progress, leave=False)
+        epochs = bar(range(self.settings["epochs"]), "fit", "epoch", progress=progress)
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # NonFiniteLoss says more
-            for epoch in bar:
+            for epoch in epochs:
                 self.losses["train"].append(self._epoch(optimiser))
                 fall.step()
-                bar.set_postfix(loss=f"{self.losses['train'][-1]:.4f}")
+                epochs.set_postfix(loss=f"{self.losses['train'][-1]:.4f}")
                 if self._stop(epoch):
                     break
-            bar.close()
+            epochs.close()
         self.elbo.load_state_dict(self.best)
         return self._fit()
 

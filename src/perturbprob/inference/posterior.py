@@ -103,5 +103,5 @@ def coordinates(model: "CellModel") -> dict[str, Any]:
         "term": [" & ".join(t) for t in effect.terms],
         "node": [f"{' & '.join(n.term)} at {n.time * names.time_scale:g}" for n in effect.nodes],
         "node_term": ("node", [" & ".join(n.term) for n in effect.nodes]),
-        "node_time": ("node", [n.time * names.time_scale for n in effect.nodes], unit),
+        "node_time": ("node", [round(n.time * names.time_scale, 9) for n in effect.nodes], unit),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Action, Protocol
-from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded, warn_if_large
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.model.condition_effect import nodes
 
@@ -41,6 +41,7 @@ def predict(
     n_cells: int | None = None,
     level: float = 0.9,
     seed: int = 0,
+    progress: bool = True,
 ) -> xr.Dataset:
     """Predict the mean of each gene under one or more protocols (default: every condition of the fit), with intervals.
 
@@ -69,7 +70,9 @@ def predict(
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     if None in batches:
         _say_aliased(fit)
-    values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed)))
+    n_values = 3 * n_draws * len(protocols) * len(fit.model.vocabulary.genes)
+    warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
+    values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed, progress=progress)))
     lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
     data = {"mean": values.mean(0), "lower": lower, "upper": upper}
     units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)"}
@@ -95,7 +98,7 @@ def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | A
     """Return protocols that the model knows; a bare wait before time 0 is already refused by `Wait`."""
     if conditions is None:
         return [Protocol.parse(text) for text in fit.trained_on["conditions"]]
-    several = [conditions] if isinstance(conditions, Protocol | Action) else list(conditions)
+    several = [conditions] if isinstance(conditions, Protocol | Action | str) else list(conditions)
     if not several:
         raise ValueError("No condition to predict: give a protocol such as Knockout('NANOG') >> Wait(5).")
     for one in several:
@@ -119,14 +122,22 @@ def _say_aliased(fit: "Fit") -> None:
 
 
 def _draws(
-    fit: "Fit", protocols: list[Protocol], batches: list[str | None], *, n_draws: int, scale: str, n_cells: int | None, seed: int
+    fit: "Fit",
+    protocols: list[Protocol],
+    batches: list[str | None],
+    *,
+    n_draws: int,
+    scale: str,
+    n_cells: int | None,
+    seed: int,
+    progress: bool,
 ) -> Iterator[Float[Tensor, "condition gene"]]:
     """Yield each posterior draw's mean of every condition, with the noise of ``n_cells`` cells added where given."""
     named = [fit.model.vocabulary.batches if b == "average" else [b] for b in batches]
     of = torch.tensor([c for c, names in enumerate(named) for _ in names])
     expectation = Expectation(fit, [protocols[c] for c in of], [b for names in named for b in names], seed=seed)
     share = (1.0 / torch.bincount(of))[of, None]
-    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
+    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="predict" if progress else None)):
         with seeded(seed, k, 2):
             sites = expectation.complete(sites)
             means = torch.cat(
@@ -162,10 +173,7 @@ class Expectation:
 
     def complete(self, sites: Sites) -> Sites:
         """Return one draw of the global sites with the effects of nodes that were not measured drawn too."""
-        if not self.extra:
-            return sites
-        more = self.model.condition_effect.extended(sites, self.extra)
-        return sites | {"condition_effect": torch.cat([sites["condition_effect"], more])}
+        return self.model.condition_effect.completed(sites, self.extra)
 
     @torch.no_grad()
     def log_shares(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:

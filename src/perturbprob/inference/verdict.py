@@ -4,12 +4,15 @@ from typing import Any
 
 import numpy as np
 
+ENOUGH_STEPS = 1000
+
 
 def verdict(losses: dict[str, list[float]], settings: dict[str, Any]) -> str:
     """Return a few lines on a training: how far it came, how it ended, and whether it may be believed to have converged.
 
     The training counts as converged where the last tenth of the epochs improved the followed loss by less than 0.5 % of what the
-    whole training did, and as over-fitted where the validation loss has risen by more than 5 % of that since its best.
+    whole training did, as over-fitted where the validation loss has risen by more than 5 % of that since its best, and as too short below
+    1,000 steps: the widths of intervals settle last.
     """
     train = np.asarray(losses["train"])
     if len(train) < 5:
@@ -23,10 +26,11 @@ def verdict(losses: dict[str, list[float]], settings: dict[str, Any]) -> str:
     if len(held):
         best = settings["best_epoch"]
         lines.append(f"Validation cells: {held[0]:.4f} -> {held[best]:.4f} at epoch {best + 1}, which was kept.")
-    return "\n".join([*lines, f"Verdict: {_judgement(followed, gain, late, tail)}"])
+    steps = len(train) * settings["steps_per_epoch"]
+    return "\n".join([*lines, f"Verdict: {_judgement(followed, gain, late, tail, steps)}"])
 
 
-def _judgement(followed: np.ndarray, gain: float, late: float, tail: int) -> str:
+def _judgement(followed: np.ndarray, gain: float, late: float, tail: int, steps: int) -> str:
     """Say in one sentence whether the training is done."""
     if gain <= 0:
         return "NO PROGRESS: the loss never fell. Lower learning_rate, or check the screen's counts."
@@ -34,4 +38,6 @@ def _judgement(followed: np.ndarray, gain: float, late: float, tail: int) -> str
         return "OVER-FITTED at the end; the best epoch was kept. More cells or fewer latent dimensions would help."
     if late > 5e-3 * gain:
         return f"NOT CONVERGED: the last {tail} epochs still brought {100 * late / gain:.1f} % of all improvement. Raise epochs."
+    if steps < ENOUGH_STEPS:
+        return f"TOO SHORT: {steps} steps; intervals need about {ENOUGH_STEPS:,} to find their width. Raise epochs or lower minibatch."
     return f"CONVERGED: the last {tail} epochs brought {100 * late / gain:.2f} % of all improvement."

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
+from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from perturbprob.dynamics.solve import SolverError
@@ -27,7 +28,8 @@ class CellModel(PyroModule):
     Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
     ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
-    ``log_depth`` the log of the depth at size factor 1. ``recipe`` is how `load` builds the model again.
+    ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``recipe`` is how `load`
+    builds the model again.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class CellModel(PyroModule):
         condition_effect: ConditionEffect,
         *,
         n_latent: int,
+        n_hidden: int = 128,
         log_share: Float[Tensor, " gene"],
         log_depth: float,
         recipe: dict[str, Any] | None = None,
@@ -49,7 +52,7 @@ class CellModel(PyroModule):
         self.vocabulary, self.recipe = vocabulary, recipe or {}
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
         self.batch_effect, self.condition_effect = batch_effect, condition_effect
-        self.n_latent = n_latent
+        self.n_latent, self.n_hidden = n_latent, n_hidden
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
 
@@ -114,7 +117,7 @@ class CellModel(PyroModule):
 
     def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> CountLaw:
         """Return the law of the counts: log rate = log ℓ + log share + η^b (eq 15)."""
-        eta = torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1))[cells.batch]
+        eta = Vindex(torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1)))[..., cells.batch, :]  # code −1 reads 0
         depth = (cells.log_size_factor + self.log_depth)[:, None]
         return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta)
 

@@ -82,10 +82,7 @@ class CellTable:
 
     def sites(self, draw: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return one draw of the global sites with the condition effects of this screen's own conditions added."""
-        if not self.extra:
-            return draw
-        more = self.model.condition_effect.extended(draw, self.extra)
-        return draw | {"condition_effect": torch.cat([draw["condition_effect"], more])}
+        return self.model.condition_effect.completed(draw, self.extra)
 
     def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
         """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells."""

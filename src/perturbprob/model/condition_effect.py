@@ -46,9 +46,10 @@ def nodes(protocol: Protocol, time_scale: float = 1.0) -> list[Node]:
         else:
             since = {d: t for d, t in since.items() if not (isinstance(d, Media) and isinstance(action, Media))} | {action: 0.0}
     acting = sorted((d for d in since if d != Media()), key=lambda d: (isinstance(d, Media), getattr(d, "gene", "")))
-    found = [Node((repr(d),), since[d] / time_scale) for d in acting]
+    at = {d: round(since[d] / time_scale, 12) for d in acting}  # sums of waits differ in their last digits
+    found = [Node((repr(d),), at[d]) for d in acting]
     if len(acting) > 1:
-        found.append(Node(tuple(map(repr, acting)), min(since[d] for d in acting) / time_scale))
+        found.append(Node(tuple(map(repr, acting)), min(at.values())))
     return [node for node in found if node.time > 0]
 
 
@@ -162,6 +163,12 @@ class ConditionEffect(PyroModule):
     def total(self, effect: Float[Tensor, "node gene"], rows: Int[Tensor, "condition part"]) -> Float[Tensor, "condition gene"]:
         """Add up the effects of each condition's nodes."""
         return torch.nn.functional.pad(effect, (0, 0, 0, 1))[rows].sum(-2)
+
+    def completed(self, sites: dict[str, Tensor], extra: Sequence[Node]) -> dict[str, Tensor]:
+        """Return one draw of the global sites with a draw of the effects of ``extra`` nodes behind the others."""
+        if not extra:
+            return sites
+        return sites | {"condition_effect": torch.cat([sites["condition_effect"], self.extended(sites, extra)])}
 
     def extended(self, sites: dict[str, Tensor], nodes: Sequence[Node]) -> Float[Tensor, "extra gene"]:
         """Draw the effect of nodes that were not measured, given one draw of those that were.

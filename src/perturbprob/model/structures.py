@@ -42,8 +42,9 @@ def node(
     share of each gene in all counts; nothing of it is kept.
     """
     require_screen(screen)
-    if n_latent < 1:
-        raise ValueError(f"n_latent is the size of the latent state and must be at least 1; got {n_latent}.")
+    for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
     if measurement not in HEADS:
         raise ValueError(f"Unknown measurement {measurement!r}. Use one of {', '.join(map(repr, HEADS))}.")
     totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
@@ -71,6 +72,7 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
         BatchEffect(len(vocabulary.batches), facts["log_share"].exp()),
         ConditionEffect(facts["nodes"], n_genes),
         n_latent=n_latent,
+        n_hidden=n_hidden,
         log_share=facts["log_share"],
         log_depth=facts["log_depth"],
         recipe={"structure": "node", "arguments": arguments, "field": None if field is None else type(field).__qualname__},

@@ -1,7 +1,6 @@
 """Does the model make data like the data? Observed statistics beside those of replicated screens."""
 
 import functools
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -11,9 +10,8 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from perturbprob.inference.draws import check_draws, global_draws, seeded
+from perturbprob.inference.draws import check_draws, global_draws, seeded, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
 
 STATISTICS = ("mean", "variance", "zero_fraction")
-LARGE = 2e9
 
 
 @final
@@ -74,16 +71,11 @@ def predictive_check(
     """
     check_draws(n_draws)
     table, groups = CellTable(fit.model, screen), _Groups(screen)
-    needed = 8.0 * 12 * groups.n_pairs * screen.n_genes
-    if needed > LARGE:
-        warnings.warn(
-            f"The check will hold {needed / 1e9:.1f} GB of statistics ({groups.n_pairs} condition-batch pairs). Check fewer genes.",
-            stacklevel=2,
-        )
+    statistics = 24 * groups.n_pairs * screen.n_genes  # twelve of them, in double precision
+    warn_if_large(statistics, f"statistics of {groups.n_pairs} condition-batch pairs", "Check fewer genes.")
     observed = groups.levels(_sum(groups.sums(cells.counts, start) for start, cells in _numbered(table, minibatch)))
     running = {level: _Running(value) for level, value in observed.items()}
-    draws = enumerate(global_draws(fit.model, fit.guide, n_draws, seed))
-    for k, draw in tqdm(draws, total=n_draws, desc="check", unit="draw", disable=not progress, leave=False):
+    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="check" if progress else None)):
         with seeded(seed, k, 3):
             sites = table.sites(draw)
             total = _sum(groups.sums(_replicate(fit, sites, cells), start) for start, cells in _numbered(table, minibatch))
