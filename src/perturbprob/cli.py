@@ -48,6 +48,11 @@ _COLUMNS: dict[str, tuple[Any, str, str]] = {
         "COLUMN|WORD",
         "knockout, interference or activation, or a column of these (default: the column perturbation_type).",
     ),
+    "nontargeting": (
+        str,
+        "WORD",
+        "control, or perturbation: what cells with a non-targeting sgRNA are (default: control).",
+    ),
     "media": (str, "COLUMN", "The media in which cells ended."),
     "baseline": (str, "MEDIA", "The media in which all cells started."),
     "time": (str, "COLUMN", "Times since perturbation."),

@@ -151,6 +151,61 @@ def layout(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "matp
     return axes.figure.figure
 
 
+def branches(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
+    """Draw Figure 1B of the paper for a screen: untouched cells X are perturbed, their media changed, and left alone.
+
+    One branch for each perturbation and media (all perturbations together where there are more than eight), with its path 1-4, the
+    cells measured at its end and their times. Dashed red branches were not measured.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, media=("rest", "drug"), seed=1).screen
+    >>> len(pb.plots.branches(screen).axes[0].texts)
+    19
+    """
+    table = _branches(screen)
+    axes = _axes(ax, (8.5, 1.2 + 0.42 * len(table)))
+    middle = (len(table) - 1) / 2
+    _write(axes, 0, middle, "X", weight="bold")
+    for name, rows in table.groupby("branch", sort=False):
+        height = float(rows.row.mean())
+        axes.plot([0.15, 0.75], [middle, height], color="black" if rows.observed.any() else RED, lw=1)
+        _write(axes, 1, height, str(name))
+        for end in rows.itertuples():
+            axes.plot([1.3, 2.1], [height, end.row], color="black" if end.observed else RED, ls="-" if end.observed else "--", lw=1)
+            _write(axes, 2.5, end.row, end.media)
+            _write(axes, 3.0, end.row, end.label, ha="left", color="black" if end.observed else RED)
+    for x, title in ((1, "P"), (2.5, "M"), (3.4, "W, then measured")):
+        _write(axes, x, -1, title, weight="bold")
+    axes.set(xlim=(-0.2, 5.2), ylim=(len(table) - 0.5, -1.6))
+    axes.axis("off")
+    return axes.figure.figure
+
+
+def _branches(screen: Screen) -> pd.DataFrame:
+    """Return one row for each branch of the drawing: a perturbation, or all of them, in one media."""
+    table = screen.layout.paths()
+    many = len(screen.perturbations) > 8
+    together = f"{len(screen.perturbations)} perturbations"
+    table["branch"] = [p if p == "control" or not many else together for p in table.perturbation]
+    order = {name: k for k, name in enumerate(dict.fromkeys(["control", *sorted(table.branch)]))}
+    grouped = table.sort_values("branch", key=lambda names: names.map(order), kind="stable").groupby(["branch", "media"], sort=False)
+    rows = [_branch(screen, branch, media, part) for (branch, media), part in grouped]
+    return pd.DataFrame(rows).assign(row=range(len(rows)))
+
+
+def _branch(screen: Screen, branch: str, media: str, part: pd.DataFrame) -> dict[str, object]:
+    """Say what was measured at the end of a branch."""
+    seen, times = int(part.observed.sum()), sorted({t for times in part.times for t in times})
+    of = f"{seen} of {len(part)} measured, " if len(part) > 1 else ""
+    found = f"{of}{part.cells.sum():,} cells at {', '.join(f'{t:g}' for t in times)} {screen.time_unit or ''}" if seen else "not measured"
+    return {"branch": branch, "media": media, "observed": seen > 0, "label": f"path {part.path.iloc[0]}: {found.strip()}"}
+
+
+def _write(axes: "matplotlib.axes.Axes", x: float, y: float, text: str, **style: Any) -> None:
+    """Write a text that is not read as mathematics, centred unless said otherwise."""
+    axes.text(x, y, _plain(text), **{"ha": "center", "va": "center", "fontsize": 9} | style)
+
+
 def _figure(size: tuple[float, float]) -> "matplotlib.figure.Figure":
     """Return a new figure that pyplot has forgotten: it would show it a second time in a notebook, and keep it for ever."""
     try:

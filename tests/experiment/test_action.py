@@ -92,11 +92,25 @@ def test_the_last_of_two_media_at_one_instant_holds(actions, first, second):
     assert protocol >> first >> second == protocol >> second
 
 
-@given(lists, lists, lists)
+@given(protocols, protocols, protocols)
 def test_composition_is_associative(first, second, third):
     assume(len(defined(first + second + third)) == len(first + second + third))
     a, b, c = map(Protocol, (first, second, third))
     assert (a >> b) >> c == a >> (b >> c) == Protocol([*first, *second, *third])
+
+
+def test_a_change_back_to_baseline_media_survives_brackets():
+    there, back = Media("BMP4") >> Wait(1), Media() >> Wait(2)
+    assert back == Protocol([Wait(2)])
+    assert (there >> back).media is None
+    assert there >> back == Media("BMP4") >> Wait(1) >> Media() >> Wait(2)
+
+
+@given(protocols)
+def test_simplify_gives_the_normal_form_and_an_equal_protocol(actions):
+    protocol = Protocol(actions)
+    assert protocol.simplify() == protocol
+    assert protocol.simplify().written == protocol.actions
 
 
 @given(genes, kinds, named_media, waits)

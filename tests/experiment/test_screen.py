@@ -367,3 +367,16 @@ def test_reading_a_screen_needs_neither_scanpy_nor_matplotlib():
     code = "import sys, perturbprob.experiment.screen; print(*[m for m in ('scanpy', 'matplotlib', 'mudata') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+def test_nontargeting_cells_may_be_a_perturbation_of_their_own():
+    adata = anndata.AnnData(np.array([[3, 1], [0, 2], [5, 1], [1, 1]]), obs={"gene": ["unedited", "NT", "A", "A+NT"]})
+    adata.var_names = ["A", "B"]
+    how = {"perturbation": "gene", "perturbation_type": "knockout", "control": "unedited"}
+    usual, own = (Screen.from_anndata(adata, **how, nontargeting=word) for word in ("control", "perturbation"))
+    assert usual.perturbations == ("A",)
+    assert own.perturbations == ("A", "A+NT", "NT")
+    assert own.cells_of("NT").tolist() == [1]
+    assert own.cells_of("control").tolist() == [0]
+    with pytest.raises(ValueError, match="nontargeting='stress': .* 'control' or as a 'perturbation'"):
+        Screen.from_anndata(adata, **how, nontargeting="stress")

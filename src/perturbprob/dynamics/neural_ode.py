@@ -42,6 +42,8 @@ class NeuralODE(Transition):
     except the clock's last axis of 1, that returns the push; ``solver`` is a `Solver`.
     """
 
+    invertible = True
+
     def __init__(self, n_latent: int, *, field: nn.Module | None = None, solver: Solver | None = None) -> None:
         """Fill the field, the decay and the solver."""
         super().__init__()

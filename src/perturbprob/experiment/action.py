@@ -4,7 +4,7 @@ import ast
 import math
 from abc import ABC
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self, final
 
 
@@ -109,11 +109,13 @@ class Wait(Action):
 @final
 @dataclass(frozen=True, init=False, repr=False)
 class Protocol:
-    """An ordered sequence of actions, F = W ∘ M ∘ P and its generalisations (eq 4).
+    """An ordered sequence of any number of actions, F = W ∘ M ∘ P and its generalisations (eq 4).
 
-    A protocol is kept in normal form, so protocols that the rules of eqs 1-4 identify compare and hash equal: identities
+    Protocols that the rules of eqs 1-4 identify compare and hash equal, by their normal form ``actions``: identities
     (baseline media on cells in baseline media, ``Wait(0)``) are gone, waits next to each other are added, perturbations
     next to each other are sorted, and a second knock-out of a gene is gone. The empty protocol is an untouched cell X.
+    Joining keeps what was ``written``: a change back to baseline media at the start of a protocol does nothing to an untouched
+    cell, and something behind another protocol.
 
     >>> Knockout("TGFBR1") >> Media("TGFB1") >> Wait(3)
     Knockout('TGFBR1') >> Media('TGFB1') >> Wait(3)
@@ -124,21 +126,32 @@ class Protocol:
     """
 
     actions: tuple[Action, ...]
+    written: tuple[Action, ...] = field(compare=False)
 
     def __init__(self, actions: Iterable[Action] = ()) -> None:
         """Bring the actions, first action first, to normal form."""
         normal: list[Action] = []
-        for action in actions:
+        written = tuple(actions)
+        for action in written:
             if not isinstance(action, Action):
                 raise TypeError(f"A protocol is made of Knockout, Interference, Activation, Media and Wait; got {action!r}.")
             _append(normal, action)
         object.__setattr__(self, "actions", tuple(normal))
+        object.__setattr__(self, "written", written)
 
     def __rshift__(self, other: "Action | Protocol") -> Self:
         """Return the protocol that does this one, then the other."""
         if isinstance(other, Protocol):
-            return type(self)(self.actions + other.actions)
-        return type(self)((*self.actions, other))
+            return type(self)(self.written + other.written)
+        return type(self)((*self.written, other))
+
+    def simplify(self) -> Self:
+        """Return the protocol with nothing kept but its normal form.
+
+        >>> (Wait(1) >> Knockout("A") >> Wait(0) >> Knockout("A")).simplify().written
+        (Wait(1), Knockout('A'))
+        """
+        return type(self)(self.actions)
 
     def __iter__(self) -> Iterator[Action]:
         """Iterate over the actions, first action first."""
@@ -186,7 +199,7 @@ class Protocol:
 
     def with_baseline(self, name: str | None) -> Self:
         """Return the protocol with the media called ``name`` written as the baseline media."""
-        return type(self)(Media() if isinstance(a, Media) and a.name == name else a for a in self.actions)
+        return type(self)(Media() if isinstance(a, Media) and a.name == name else a for a in self.written)
 
     def unperturbed(self) -> Self:
         """Return the protocol of a control cell beside this one: the same media and waits, no perturbation."""

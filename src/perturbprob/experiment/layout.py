@@ -1,12 +1,15 @@
 """How cells are spread over conditions and batches, and what that leaves unknowable."""
 
 import html
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
+
+from perturbprob.experiment.paths import Pair, paths
 
 if TYPE_CHECKING:
     import perturbprob.experiment.screen
@@ -37,7 +40,7 @@ class Layout:
 
     def __init__(self, screen: "perturbprob.experiment.screen.Screen") -> None:
         """Take the table of cells from a screen."""
-        self.cells = screen.summary()
+        self.cells, self._screen = screen.summary(), screen
         self._is_control = np.array([not p.perturbations for p in screen.conditions])
         self._time_unit = screen.time_unit
 
@@ -55,6 +58,19 @@ class Layout:
     def nested(self) -> list[tuple[str, str]]:
         """Return the pairs (inner, outer) in which each level of inner lies in one level of outer, but not the reverse."""
         return [(a, b) for a, b in permutations(self._varied, 2) if self._determines(a, b) and not self._determines(b, a)]
+
+    def paths(self, extra: Iterable[Pair] = ()) -> pd.DataFrame:
+        """Return the input-output pairs of eq 5 on paths 1-4 of Figure 1B, observed or missing, and the ``extra`` pairs of assumptions.
+
+        One row for each pair, (n_p + 1)(n_m + 1) of eq 5 with n_p perturbations and n_m media beside the baseline; ``extra`` is what
+        an assumption's ``pairs(screen)`` returns. Columns: source, path, perturbation, media, start, done, end, observed, cells, times.
+
+        >>> from perturbprob.experiment import datasets
+        >>> table = datasets.ishikawa2023().layout.paths()
+        >>> table.groupby("path")["observed"].sum().to_dict()
+        {2: 23, 4: 1}
+        """
+        return paths(self._screen, extra)
 
     def report(self, *, few: int = _FEW) -> str:
         """Say in words how many cells conditions and batches have, where controls are lacking, and what is confounded.

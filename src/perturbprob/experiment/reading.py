@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Perturbation, Protocol, Wait
 from perturbprob.experiment.vocabulary import nearest
 
-_CONTROL = frozenset({"", "control", "ctrl", "negctrl", "nontargeting", "nt", "ntc"})  # in the spelling of `_plain`
+_NONTARGETING = frozenset({"nontargeting", "nt", "ntc"})  # in the spelling of `_plain`
+_CONTROL = frozenset({"", "control", "ctrl", "negctrl"}) | _NONTARGETING
 _KINDS: dict[type[Perturbation], str] = {
     Knockout: "knockout, CRISPR_knockout, CRISPRko, KO, CRISPR-cas9, cas9, CRISPRn, nuclease",
     Interference: "interference, CRISPR_interference, CRISPRi, knockdown, KD, repression",
@@ -96,13 +97,20 @@ def _check_gaps(column: pd.Series, role: str) -> None:
         raise ValueError(f"{cells} without a {role}: {name} is NaN. Fill it in, or drop them: adata = adata[{keep}].")
 
 
-def genes_of(label: str, control: Iterable[str] = ()) -> tuple[str, ...]:
+def words_for_control(control: Iterable[str] = (), nontargeting: str = "control") -> frozenset[str]:
+    """Return all words that mean control: the usual ones, with or without those for non-targeting sgRNAs, and the user's."""
+    if nontargeting not in ("control", "perturbation"):
+        raise ValueError(f"nontargeting={nontargeting!r}: cells with a non-targeting sgRNA are read as 'control' or as a 'perturbation'.")
+    usual = _CONTROL if nontargeting == "control" else _CONTROL - _NONTARGETING
+    return usual | set(map(_plain, control))
+
+
+def genes_of(label: str, words: frozenset[str] = _CONTROL) -> tuple[str, ...]:
     """Return the genes that a perturbation label names, joined by ``+``; control words name none.
 
     >>> genes_of("KLF1+ctrl"), genes_of("CEBPA+SPI1"), genes_of("Non-Targeting")
     (('KLF1',), ('CEBPA', 'SPI1'), ())
     """
-    words = _CONTROL | set(map(_plain, control))
     return () if _plain(label) in words else tuple(part.strip() for part in label.split("+") if _plain(part) not in words)
 
 
@@ -115,27 +123,30 @@ def control_words(control: object) -> tuple[str, ...]:
     return words
 
 
-def read_perturbations(obs: pd.DataFrame, name: str | None, *, control: Sequence[str], kind: str | None) -> Levels:
+def read_perturbations(
+    obs: pd.DataFrame, name: str | None, *, control: Sequence[str], kind: str | None, nontargeting: str = "control"
+) -> Levels:
     """Read the perturbations of every cell, as tuples of actions; ``control`` holds words for control beside the usual ones."""
+    words = words_for_control(control, nontargeting)
     column = read_column(obs, "perturbation", name, hint=" For a screen without perturbations pass perturbation=None.")
     if column is None:
         return Levels.constant(len(obs), ())
     labels = Levels.of(column)
-    _check_control(labels.values, control, str(name))
-    perturbed = np.array([bool(genes_of(label, control)) for label in labels.values])
+    _check_control(labels.values, control, words, str(name))
+    perturbed = np.array([bool(genes_of(label, words)) for label in labels.values])
     kinds = _read_kinds(obs, kind, perturbed[labels.codes], other=column.name)
     pairs, codes = np.unique(labels.codes * len(kinds.values) + kinds.codes, return_inverse=True)
     at = (divmod(pair, len(kinds.values)) for pair in pairs)
-    return Levels(codes, [_perturb(labels.values[i], kinds.values[j], control) for i, j in at])
+    return Levels(codes, [_perturb(labels.values[i], kinds.values[j], words) for i, j in at])
 
 
-def _check_control(labels: Sequence[str], control: Sequence[str], name: str) -> None:
+def _check_control(labels: Sequence[str], control: Sequence[str], words: frozenset[str], name: str) -> None:
     """Refuse a control word that does not occur, and labels none of which is control."""
     seen = {_plain(part) for label in labels for part in (label, *label.split("+"))}
     for word in control:
         if word != "control" and _plain(word) not in seen:
             raise ValueError(f"control={word!r} does not occur in adata.obs[{name!r}]. {nearest(word, labels)}")
-    if all(genes_of(label, control) for label in labels):
+    if all(genes_of(label, words) for label in labels):
         raise ValueError(
             f"No control cell: adata.obs[{name!r}] holds {some(labels, 'label')}; none is control, ctrl, non-targeting or NT. "
             "Name the label (or a list of labels) of control cells: control='...'."
@@ -160,7 +171,7 @@ def _read_kinds(obs: pd.DataFrame, kind: str | None, perturbed: np.ndarray, *, o
     )
 
 
-def _perturb(label: str, kind: str, control: Sequence[str]) -> tuple[Perturbation, ...]:
+def _perturb(label: str, kind: str, control: frozenset[str]) -> tuple[Perturbation, ...]:
     """Return the perturbations that a label and its type mean; a type holds for every gene of the label, or lists one for each."""
     genes = genes_of(label, control)
     if not genes:

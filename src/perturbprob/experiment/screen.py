@@ -90,6 +90,7 @@ class Screen:
         perturbation: str | None = "perturbation",
         control: str | Sequence[str] = "control",
         perturbation_type: str | None = "perturbation_type",
+        nontargeting: str = "control",
         media: str | None = None,
         baseline: str | None = None,
         time: str | None = None,
@@ -106,6 +107,8 @@ class Screen:
           control, ctrl, non-targeting, NT, NTC and the empty label; ``A+ctrl`` is ``A``. None: a screen without perturbations.
         - ``perturbation_type``: a column, or one word for all cells: knockout, interference, activation, or a usual synonym
           (CRISPR_knockout, CRISPRi, CRISPRa, ...). One word holds for all genes of a label; ``CRISPRi+CRISPRa`` lists them.
+        - ``nontargeting``: "control", or "perturbation" where cut and infected cells may themselves be stressed (2.2): cells labelled
+          non-targeting, NT or NTC are then a perturbation of that name, and ``control`` names the unedited cells.
         - ``media``, and ``baseline``, the media in which all cells started: needed where there is more than one.
         - ``time``: numbers ≥ 0 since perturbation; ``time_unit`` is kept beside them. Without times every cell waits 1.
         - ``batch``: one sequencing reaction.
@@ -124,7 +127,7 @@ class Screen:
         reading.check_names(adata)
         obs, words = adata.obs, reading.control_words(control)
         counts = read_counts(adata, layer)
-        perturbed = reading.read_perturbations(obs, perturbation, control=words, kind=perturbation_type)
+        perturbed = reading.read_perturbations(obs, perturbation, control=words, kind=perturbation_type, nontargeting=nontargeting)
         placed, baseline = reading.read_media(obs, media, baseline)
         waited, time_unit = reading.read_times(obs, time, time_unit)
         conditions, condition = reading.combine(perturbed, placed, waited)
@@ -213,7 +216,8 @@ class Screen:
         (1182, 284)
         """
         if isinstance(condition, str):
-            name = "+".join(sorted(set(reading.genes_of(condition, [self.control])))) or "control"
+            words = reading.words_for_control([self.control]) if condition not in self.perturbations else frozenset()
+            name = "+".join(sorted(set(reading.genes_of(condition, words)))) or "control"
             wanted, known = [p.perturbation == name for p in self.conditions], ["control", *self.perturbations]
         else:
             protocol = condition.with_baseline(self.baseline)
@@ -295,7 +299,8 @@ def _remarks(screen: Screen) -> Iterator[str]:
         found = reading.some(np.array(screen.genes)[silent], "gene")
         drop = "adata = adata[:, np.asarray(adata.X.sum(axis=0)).ravel() > 0]"
         yield f"{found} without any count. Kept, but nothing can be learnt of them; to drop them: {drop}."
-    unseen = sorted({a.gene for p in screen.conditions for a in p.perturbations} - set(screen.genes))
+    edited = {a.gene for p in screen.conditions for a in p.perturbations}
+    unseen = sorted({gene for gene in edited if reading.genes_of(gene)} - set(screen.genes))  # no gene is called NT
     if unseen:
         found = reading.some(unseen, "perturbed gene")
         yield f"{found} not in adata.var_names. Allowed; if var_names are identifiers, set them to the symbols that perturbations use."

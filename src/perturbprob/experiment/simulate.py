@@ -37,6 +37,7 @@ class Simulation:
     - ``network`` (gene, regulator): signed weights.
     - ``active`` (target): whether knocking out this gene does anything at all.
     - ``size_factor`` (cell): depth of the cell relative to ``depth``.
+    - ``median_log_rate`` (condition, gene) and ``programme`` (cell, gene), what sets a cell apart from the median one; `log_rate` adds them up.
 
     The condition axis is labelled by ``str(Protocol)`` and carries perturbation, media and time.
     """
@@ -48,6 +49,20 @@ class Simulation:
     def screen(self) -> Screen:
         """The counts as a `Screen`; the first media is its baseline."""
         return Screen.from_anndata(self.adata, media="media", baseline=str(self.truth["media"].values[0]), time="time", batch="batch")
+
+    def log_rate(self, condition: str | Protocol) -> xr.DataArray:
+        """Return the log of the expected count of each cell and gene had the same cells gone through a condition: batch and depth are their own.
+
+        >>> simulation = simulate(n_cells=100, n_genes=10, n_perturbations=2, seed=1)
+        >>> simulation.log_rate(simulation.screen.conditions[-1]).sizes
+        Frozen({'cell': 100, 'gene': 10})
+        """
+        truth = self.truth
+        logits = truth["median_log_rate"].sel(condition=str(condition), drop=True) + truth["programme"]
+        eta = truth["batch_effect"].sel(batch=xr.DataArray(self.adata.obs["batch"].to_numpy(str), dims="cell"), drop=True)
+        depth = np.log(truth["size_factor"]) + np.log(truth.attrs["depth"])
+        log_rate = logits - np.log(np.exp(logits).sum("gene")) + eta + depth
+        return log_rate.transpose("cell", "gene").assign_coords(cell=self.adata.obs_names.to_numpy(str))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +138,7 @@ def simulate(
     truth = truth.assign(batch_effect=(("batch", "gene"), eta), size_factor=("cell", size_factor))
 
     programmes = cells.standard_normal((n_cells, _PROGRAMMES)) @ system.loadings
+    truth = truth.assign(programme=(("cell", "gene"), programmes)).assign_attrs(depth=depth)
     mean = depth * size_factor[:, None] * _softmax(log_rate[condition] + programmes) * np.exp(eta[batch])
     return _label(_draw_counts(cells, mean, system.dispersion), truth, condition, batch)
 
@@ -232,6 +248,7 @@ def _truth(system: _System, log_rate: np.ndarray, media: Sequence[str], times: S
     log_share = np.log(share).reshape(len(target) + 1, -1, len(gene))
     variables = {
         "rate_share": (("condition", "gene"), share),
+        "median_log_rate": (("condition", "gene"), log_rate),
         "log_fold_change": (("condition", "gene"), (log_share - log_share[:1]).reshape(share.shape)),
         "dispersion": ("gene", system.dispersion),
         "network": (("gene", "regulator"), system.network),

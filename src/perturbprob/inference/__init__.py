@@ -1,5 +1,6 @@
 """From data to posterior."""
 
+from perturbprob.inference.counterfactual import IllConditioned, counterfactual
 from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import coherent_draws
 from perturbprob.inference.effects import effects
@@ -11,8 +12,10 @@ from perturbprob.inference.storage import load
 __all__ = [
     "AliasedWarning",
     "Fit",
+    "IllConditioned",
     "NonFiniteLoss",
     "coherent_draws",
+    "counterfactual",
     "effects",
     "fit",
     "load",
