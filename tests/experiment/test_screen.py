@@ -378,5 +378,5 @@ def test_nontargeting_cells_may_be_a_perturbation_of_their_own():
     assert own.perturbations == ("A", "A+NT", "NT")
     assert own.cells_of("NT").tolist() == [1]
     assert own.cells_of("control").tolist() == [0]
-    with pytest.raises(ValueError, match="nontargeting='stress': .* 'control' or as a 'perturbation'"):
+    with pytest.raises(ValueError, match=r"nontargeting='stress': .* 'control' or as a 'perturbation'"):
         Screen.from_anndata(adata, **how, nontargeting="stress")

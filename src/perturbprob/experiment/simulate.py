@@ -37,7 +37,8 @@ class Simulation:
     - ``network`` (gene, regulator): signed weights.
     - ``active`` (target): whether knocking out this gene does anything at all.
     - ``size_factor`` (cell): depth of the cell relative to ``depth``.
-    - ``median_log_rate`` (condition, gene) and ``programme`` (cell, gene), what sets a cell apart from the median one; `log_rate` adds them up.
+    - ``median_log_rate`` (condition, gene) and ``programme`` (cell, gene), what sets a cell apart from the median one; `log_rate`
+      adds them up.
 
     The condition axis is labelled by ``str(Protocol)`` and carries perturbation, media and time.
     """
@@ -51,7 +52,9 @@ class Simulation:
         return Screen.from_anndata(self.adata, media="media", baseline=str(self.truth["media"].values[0]), time="time", batch="batch")
 
     def log_rate(self, condition: str | Protocol) -> xr.DataArray:
-        """Return the log of the expected count of each cell and gene had the same cells gone through a condition: batch and depth are their own.
+        """Return the log of the expected count of each cell and gene had the same cells gone through a condition.
+
+        Batch and depth stay the cell's own.
 
         >>> simulation = simulate(n_cells=100, n_genes=10, n_perturbations=2, seed=1)
         >>> simulation.log_rate(simulation.screen.conditions[-1]).sizes

@@ -112,8 +112,8 @@ class _Running:
         if beyond.any():
             raise IllConditioned(
                 f"{int(beyond.sum())} of {len(beyond)} cells have a condition number of ∂z(t)/∂z₀ above {bound:g} (largest "
-                f"{float(self.condition.max()):.3g}): an error of 1 % in z(t) may move z₀ by {0.01 * float(self.condition.max()):.2g} of its "
-                "size, so running back says nothing. Use route='encoder', or cells measured earlier."
+                f"{float(self.condition.max()):.3g}): an error of 0.01 in z(t) may move z₀ by {0.01 * float(self.condition.max()):.2g}, "
+                "so running back says nothing. Use route='encoder', or cells measured earlier."
             )
 
     def dataset(self, cells: "Screen", level: float, attrs: dict[str, object]) -> xr.Dataset:
