@@ -203,7 +203,7 @@ def _branch(screen: Screen, branch: str, media: str, part: pd.DataFrame) -> dict
 
 def _write(axes: "matplotlib.axes.Axes", x: float, y: float, text: str, **style: Any) -> None:
     """Write a text that is not read as mathematics, centred unless said otherwise."""
-    axes.text(x, y, _plain(text), **{"ha": "center", "va": "center", "fontsize": 9} | style)
+    axes.text(x, y, _plain(text), ha=style.pop("ha", "center"), va="center", fontsize=9, **style)
 
 
 def _figure(size: tuple[float, float]) -> "matplotlib.figure.Figure":

@@ -64,7 +64,8 @@ class Simulation:
         logits = truth["median_log_rate"].sel(condition=str(condition), drop=True) + truth["programme"]
         eta = truth["batch_effect"].sel(batch=xr.DataArray(self.adata.obs["batch"].to_numpy(str), dims="cell"), drop=True)
         depth = np.log(truth["size_factor"]) + np.log(truth.attrs["depth"])
-        log_rate = logits - np.log(np.exp(logits).sum("gene")) + eta + depth
+        total: xr.DataArray = xr.apply_ufunc(np.exp, logits).sum("gene")
+        log_rate: xr.DataArray = logits - np.log(total) + eta + depth
         return log_rate.transpose("cell", "gene").assign_coords(cell=self.adata.obs_names.to_numpy(str))
 
 

@@ -79,7 +79,8 @@ def counterfactual(
 def _answer(fit: "Fit", own_sites: Sites, sites: Sites, own: Cells, other: Cells, route: str) -> tuple[Tensor, ...]:
     """Return one draw of the log rate of a minibatch under the other protocol, and how well its flow can be inverted."""
     model = fit.model
-    z0, checks = fit.guide.rest(own).sample(), ()
+    z0 = fit.guide.rest(own).sample()
+    checks: tuple[Tensor, ...] = ()
     if route == "inverse":
         forward = lambda z: model.moved(own_sites, z, own.protocol).z  # noqa: E731
         back = invert(forward, forward(z0), start=torch.zeros_like(z0))
