@@ -195,7 +195,7 @@ def predict(
         typer.Argument(metavar="PROTOCOL", help="What is done to the cells, such as \"Knockout('NANOG') >> Wait(5)\".", show_default=False),
     ],
     *,
-    scale: Annotated[str, typer.Option(help="rate (share of all counts), counts (per cell) or log1p.")] = "rate",
+    scale: Annotated[str | None, typer.Option(help="rate (share of all counts, the default), counts (per cell) or log1p; value.")] = None,
     batch: Annotated[str | None, typer.Option(help="A batch, average, or new (default: no batch effect).", show_default=False)] = None,
     draws: Annotated[int, typer.Option(help="Number of posterior draws.")] = 200,
     seed: Seed = 0,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Self, final
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from jaxtyping import Float64, Int64, Shaped
+from jaxtyping import Float32, Float64, Int64, Shaped
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from perturbprob.experiment import reading
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.continuous import read_standard_errors, read_values
 from perturbprob.experiment.raw_counts import read_counts
 from perturbprob.experiment.vocabulary import nearest
 
@@ -44,6 +45,8 @@ class Screen:
     - ``baseline``: the media in which every cell starts, or None without media; ``time_unit``: the unit of every wait.
     - ``sgrna``: the sgRNA of each cell (str objects), or None.
     - ``depth``: the expected number of counts of a cell with size factor 1; by default all counts over all size factors.
+    - ``values``: "counts", or "continuous" for means and intensities, which ``counts`` then holds; ``standard_error`` of each,
+      (cell, gene), NaN where it is not known, or None. Size factors are then 1.
     - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way; empty where
       size factors were an array.
 
@@ -74,6 +77,8 @@ class Screen:
     time_unit: str | None = None
     sgrna: Shaped[np.ndarray, " cell"] | None = None
     depth: float = 0.0
+    values: str = "counts"
+    standard_error: Float32[np.ndarray, "cell gene"] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,6 +103,8 @@ class Screen:
         batch: str | None = None,
         sgrna: str | None = None,
         size_factor: str | ArrayLike | None = None,
+        values: str = "counts",
+        standard_error: str | None = None,
     ) -> Self:
         """Read a screen from an AnnData; any of perturbation, media, time and batch may be absent (None, or a column of NaN).
 
@@ -113,7 +120,8 @@ class Screen:
         - ``time``: numbers ≥ 0 since perturbation; ``time_unit`` is kept beside them. Without times every cell waits 1.
         - ``batch``: one sequencing reaction.
 
-        Other arguments: ``layer`` with raw counts (default X); ``sgrna``; ``size_factor``, a column or an array (cell,).
+        Other arguments: ``layer`` with raw counts (default X); ``sgrna``; ``size_factor``, a column or an array (cell,);
+        ``values="continuous"`` for pseudobulk means or intensities instead of counts, with the layer of their ``standard_error``.
 
         A cell's protocol is P >> M >> W. Raises ValueError that says the fix for whatever is not a screen, and warns
         (`ScreenWarning`) of genes without counts, perturbed genes that are not measured, and batches without control.
@@ -124,9 +132,10 @@ class Screen:
         (Activation('CEBPA') >> Activation('KLF1') >> Wait(1), Activation('KLF1') >> Wait(1))
         """
         columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
+        _check_values(values, standard_error, size_factor)
         reading.check_names(adata)
         obs, words = adata.obs, reading.control_words(control)
-        counts = read_counts(adata, layer)
+        counts = read_counts(adata, layer) if values == "counts" else read_values(adata, layer)
         perturbed = reading.read_perturbations(obs, perturbation, control=words, kind=perturbation_type, nontargeting=nontargeting)
         placed, baseline = reading.read_media(obs, media, baseline)
         waited, time_unit = reading.read_times(obs, time, time_unit)
@@ -142,7 +151,12 @@ class Screen:
             condition=condition,
             batches=tuple(batches.values),
             batch=batches.codes,
-            size_factor=reading.read_size_factor(adata, size_factor, counts.sum(axis=1, dtype=np.float64)),
+            size_factor=np.ones(adata.n_obs)
+            if values == "continuous"
+            else reading.read_size_factor(adata, size_factor, counts.sum(axis=1, dtype=np.float64)),
+            depth=float(values == "continuous"),
+            values=values,
+            standard_error=read_standard_errors(adata, standard_error),
             control=next(iter(words), "control"),
             baseline=baseline,
             time_unit=time_unit,
@@ -205,6 +219,7 @@ class Screen:
             batch=batch.astype(np.int64),
             size_factor=self.size_factor[index],
             sgrna=None if self.sgrna is None else self.sgrna[index],
+            standard_error=None if self.standard_error is None else self.standard_error[index],
         )
 
     def cells_of(self, condition: Protocol | str) -> Int64[np.ndarray, " chosen"]:
@@ -287,6 +302,16 @@ def require_screen(screen: object) -> None:
         )
 
 
+def _check_values(values: str, standard_error: str | None, size_factor: object) -> None:
+    """Refuse kinds of values that do not exist, and what does not go with them."""
+    if values not in ("counts", "continuous"):
+        raise ValueError(f"values={values!r} is neither 'counts' nor 'continuous'.")
+    if values == "counts" and standard_error is not None:
+        raise ValueError("standard_error= goes with values='continuous': counts carry their own noise.")
+    if values == "continuous" and size_factor is not None:
+        raise ValueError("size_factor= goes with counts: bring continuous values to one scale before they are read.")
+
+
 def _text(names: ArrayLike) -> np.ndarray:
     """Return names as an array of str objects."""
     return np.asarray(names).astype(str).astype(object)
@@ -294,7 +319,11 @@ def _text(names: ArrayLike) -> np.ndarray:
 
 def _remarks(screen: Screen) -> Iterator[str]:
     """Say what the owner of a valid screen should know, each with what can be done."""
-    silent = np.bincount(screen.counts.indices, minlength=screen.n_genes) == 0
+    silent = (
+        np.zeros(screen.n_genes, bool)
+        if screen.values == "continuous"
+        else (np.bincount(screen.counts.indices, minlength=screen.n_genes) == 0)
+    )
     if silent.any():
         found = reading.some(np.array(screen.genes)[silent], "gene")
         drop = "adata = adata[:, np.asarray(adata.X.sum(axis=0)).ravel() > 0]"

@@ -36,8 +36,8 @@ def effects(
     """Return the log fold change of every gene in every fitted condition against control, and which perturbations are hits.
 
     A Dataset with, over (condition, gene): ``log_fold_change`` (natural log of the ratio of expected shares, averaged over cells, at
-    η = 0), ``lower`` and ``upper`` (the central interval of probability ``level``) and ``local_false_sign_rate`` (the posterior
-    probability that the sign is not that of the mean); and over (tested_perturbation,):
+    η = 0; the difference of continuous values), ``lower`` and ``upper`` (the central interval of probability ``level``) and
+    ``local_false_sign_rate`` (the posterior probability that the sign is not that of the mean); and over (tested_perturbation,):
 
     - ``log_evidence``, an approximate log Bayes factor against the perturbation doing nothing;
     - ``probability`` that it does anything, from that factor and the ``prior`` probability;
@@ -71,14 +71,15 @@ def effects(
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="effects" if progress else None)):
         with seeded(seed, k, 2):
             sites = expectation.complete(sites)
-            log_mean = torch.cat([torch.logsumexp(expectation.log_shares(sites, part), 0) for part in expectation.parts]).cpu()
+            log_mean = torch.cat([_level(fit, expectation.log_shares(sites, part)) for part in expectation.parts]).cpu()
         draws.append(log_mean[here] - log_mean[there])
     values = torch.stack(draws)
     mean = values.mean(0)
     lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
     wrong = (values * mean.sign() <= 0).float().mean(0)
     data = {"log_fold_change": mean, "lower": lower, "upper": upper, "local_false_sign_rate": wrong}
-    attrs = {"against": against, "level": level, "n_draws": n_draws, "units": "natural log of the ratio of expected shares"}
+    units = "natural log of the ratio of expected shares" if fit.model.start is None else "difference of values"
+    attrs = {"against": against, "level": level, "n_draws": n_draws, "units": units}
     result = labelled(fit, [p for p, _ in pairs], data, attrs)
     if against != "control":
         return result
@@ -88,6 +89,11 @@ def effects(
     alone = _uncontrolled(fit)
     hits["hit"] = hits["hit"] & ~hits["tested_perturbation"].isin(alone)
     return result.merge(hits, combine_attrs="no_conflicts")
+
+
+def _level(fit: "Fit", location: Float[Tensor, "rest part gene"]) -> Float[Tensor, "part gene"]:
+    """Return, up to a constant, the log of the mean share over rest states; of continuous values their mean."""
+    return torch.logsumexp(location, 0) if fit.model.start is None else location.mean(0)
 
 
 def log_evidence(draws: Float[Tensor, "draw condition gene"]) -> float:

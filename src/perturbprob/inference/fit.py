@@ -171,7 +171,8 @@ class _Training:
         self.held, self.training = order[:n_held], order[n_held:]
         self.settings["steps_per_epoch"] = -(-len(self.training) // settings["minibatch"])
         self.guide = Guide(model, node_batch(model, screen))
-        self.guide.start(model, screen)
+        if screen.values == "counts":
+            self.guide.start(model, screen)
         self.guide.to(model.log_share.device)
         self.elbo = Trace_ELBO()(model, self.guide)
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}

@@ -14,7 +14,6 @@ from torch.quasirandom import SobolEngine
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded, warn_if_large
 from perturbprob.measurement.counts import CountLaw
-from perturbprob.model.condition_effect import nodes
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -23,7 +22,7 @@ N_REST = 128
 """How many rest states z₀, and size factors with them, an expectation is averaged over (the same Sobol points for every draw)."""
 CHUNK = 20_000_000
 """How many values of rest states × conditions × genes are held at once."""
-SCALES = ("rate", "counts", "log1p")
+SCALES = {"counts": ("rate", "counts", "log1p"), "continuous": ("value",)}
 
 
 class AliasedWarning(UserWarning):
@@ -35,7 +34,7 @@ def predict(
     conditions: Protocol | Action | Sequence[Protocol | Action] | None = None,
     *,
     n_draws: int = 200,
-    scale: str = "rate",
+    scale: str | None = None,
     batch: str | Sequence[str] | None = None,
     interval: str = "mean",
     n_cells: int | None = None,
@@ -48,8 +47,9 @@ def predict(
     Returns a Dataset over (condition, gene) with ``mean``, ``lower`` and ``upper``: the posterior mean and the central interval of
     probability ``level``. Conditions carry the coordinates perturbation, media, time. Main arguments:
 
-    - ``scale``: "rate", the expected share of a gene in all counts; "counts", the expected count of a cell; "log1p",
+    - ``scale``: "rate" (default), the expected share of a gene in all counts; "counts", the expected count of a cell; "log1p",
       E[log(1 + count)] under the law of the counts. Counts are averaged over the fitted law of the size factor in the condition.
+      A fit of continuous values has one scale, "value".
     - ``batch``: a name (or one per condition); "average" over the fitted batches; "new", a batch never seen; None, η = 0. Where
       batches coincide with times or media, η may hold what they share, and None says so.
     - ``interval``: "mean", of the population mean; "observed", of the mean over a sample of ``n_cells`` cells.
@@ -63,7 +63,8 @@ def predict(
     Frozen({'condition': 1, 'gene': 10})
     """
     check_draws(n_draws)
-    _check_choices(scale, interval, level, n_cells)
+    scale = _scale(fit, scale)
+    _check_choices(interval, level, n_cells)
     protocols = _protocols(fit, conditions)
     batches: list[str | None] = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
     if len(batches) != len(protocols):
@@ -75,15 +76,21 @@ def predict(
     values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed, progress=progress)))
     lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
     data = {"mean": values.mean(0), "lower": lower, "upper": upper}
-    units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)"}
+    units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)", "value": "as measured"}
     attrs = {"scale": scale, "units": units[scale], "interval": interval, "level": level, "n_draws": n_draws}
     return labelled(fit, protocols, data, attrs | {"batch": ", ".join(dict.fromkeys(map(str, batches)))})
 
 
-def _check_choices(scale: str, interval: str, level: float, n_cells: int | None) -> None:
+def _scale(fit: "Fit", scale: str | None) -> str:
+    """Return a scale that fits what the model measures."""
+    known = SCALES["counts" if fit.model.start is None else "continuous"]
+    if scale is not None and scale not in known:
+        raise ValueError(f"Unknown scale {scale!r}. Use one of {', '.join(map(repr, known))}.")
+    return scale or known[0]
+
+
+def _check_choices(interval: str, level: float, n_cells: int | None) -> None:
     """Refuse words and numbers that predict does not know."""
-    if scale not in SCALES:
-        raise ValueError(f"Unknown scale {scale!r}. Use one of {', '.join(map(repr, SCALES))}.")
     if interval not in ("mean", "observed"):
         raise ValueError(f"Unknown interval {interval!r}. Use 'mean', or 'observed' with n_cells=.")
     if (interval == "observed") != (n_cells is not None) or (n_cells is not None and n_cells < 1):
@@ -160,12 +167,12 @@ class Expectation:
         self.fit, self.model, self.batches = fit, fit.model, list(batches)
         names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
         points = SobolEngine(fit.model.n_latent + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
-        self.z = torch.special.ndtri(points[:, 1:]).to(device)
+        self.z = fit.model.rest_points(points[:, 1:].to(device))
         depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
         ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]
         self.log_depth = ranked.to(self.z) + fit.model.log_depth
         self.segments = [s.to(device) for s in names.encode(protocols)]
-        parts = [nodes(p, names.time_scale) for p in protocols]
+        parts = [effect.parts(p, names.time_scale) for p in protocols]
         self.extra = effect.unknown(parts)
         self.rows = effect.rows(parts, self.extra).to(device)
         size = max(1, CHUNK // (n_rest * len(names.genes)))
@@ -190,7 +197,8 @@ class Expectation:
         log_rate = self.log_shares(sites, part) + torch.stack([self._eta(sites, self.batches[k]) for k in part])
         depth = self.log_depth[part].T[..., None]
         law = self.model.law(sites, log_rate + depth)
-        mean = {"rate": log_rate.exp, "counts": lambda: law.mean, "log1p": lambda: interpolated_log1p(law)}[scale]().mean(0)
+        own = {"rate": log_rate.exp, "log1p": lambda: interpolated_log1p(law)}.get(scale, lambda: law.mean)
+        mean = own().mean(0)
         if n_cells is None:
             return mean
         variance = law.sample().log1p().var(0) if scale == "log1p" else law.variance.mean(0) + law.mean.var(0)

@@ -113,6 +113,7 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
         "nodes": [Node(tuple(term), time) for term, time in facts["nodes"]],
         "log_share": state["log_share"],
         "log_depth": float(state["log_depth"]),
+        "start": state.get("start"),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a screen of one batch means was said when the model was made

@@ -2,6 +2,17 @@
 
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, CountLaw, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from perturbprob.measurement.decoder import Decoder
+from perturbprob.measurement.decoder import Decoder, Identity
+from perturbprob.measurement.normal import Normal
 
-__all__ = ["BatchEffect", "CountHead", "CountLaw", "Decoder", "NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+__all__ = [
+    "BatchEffect",
+    "CountHead",
+    "CountLaw",
+    "Decoder",
+    "Identity",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+    "ZeroInflatedNegativeBinomial",
+]

@@ -133,6 +133,8 @@ def rising_log_factorial(theta: Float[Tensor, "... gene"], value: Float[Tensor, 
 class CountHead(nn.Module, ABC):
     """A measurement head: draws its global sites above the cell plate, and returns the law of the counts given a log rate."""
 
+    sites: ClassVar[tuple[str, ...]] = ("dispersion", "gate")
+
     def __init__(self, n_genes: int) -> None:
         """Keep the number of genes."""
         super().__init__()

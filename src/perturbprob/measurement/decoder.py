@@ -22,3 +22,12 @@ class Decoder(nn.Module):
     def forward(self, z: Float[Tensor, "*plate latent"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return the log share."""
         return torch.log_softmax(self.network(z) + offset, -1)
+
+
+@final
+class Identity(nn.Module):
+    """The state is the values themselves, as in gene space: location = z + offset."""
+
+    def forward(self, z: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return the location of each value."""
+        return z + offset

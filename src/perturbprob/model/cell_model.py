@@ -15,8 +15,9 @@ from perturbprob.dynamics.solve import SolverError
 from perturbprob.dynamics.transition import CellState, Effects, Transition
 from perturbprob.experiment.vocabulary import Segment, Vocabulary
 from perturbprob.measurement.batch_effect import BatchEffect
-from perturbprob.measurement.counts import CountHead, CountLaw
-from perturbprob.measurement.decoder import Decoder
+from perturbprob.measurement.counts import CountHead
+from perturbprob.measurement.decoder import Decoder, Identity
+from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect
 
@@ -28,16 +29,16 @@ class CellModel(PyroModule):
     Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
     ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
-    ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``recipe`` is how `load`
-    builds the model again.
+    ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
+    rest state where it is known, as in gene space, instead of z₀ ~ Normal(0, I). ``recipe`` is how `load` builds the model again.
     """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         transition: Transition,
-        decoder: Decoder,
-        measurement: CountHead,
+        decoder: Decoder | Identity,
+        measurement: CountHead | Normal,
         batch_effect: BatchEffect,
         condition_effect: ConditionEffect,
         *,
@@ -45,6 +46,7 @@ class CellModel(PyroModule):
         n_hidden: int = 128,
         log_share: Float[Tensor, " gene"],
         log_depth: float,
+        start: Float[Tensor, " latent"] | None = None,
         recipe: dict[str, Any] | None = None,
     ) -> None:
         """Fill the slots."""
@@ -55,6 +57,7 @@ class CellModel(PyroModule):
         self.n_latent, self.n_hidden = n_latent, n_hidden
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
+        self.register_buffer("start", start)
 
     def forward(self, cells: Cells) -> None:
         """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
@@ -69,7 +72,9 @@ class CellModel(PyroModule):
         """Sample what all cells share: η, the measurement, and the effects."""
         eta = self.batch_effect()  # eq 15
         measurement = self.measurement.globals()
-        bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
+        bias = torch.zeros_like(self.log_share)
+        if self.start is None:  # a known start is a known bias
+            bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
         return {"batch_effect": eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement}
 
     def effects(self) -> dict[str, Tensor]:
@@ -84,8 +89,14 @@ class CellModel(PyroModule):
         return sites
 
     def at_rest(self, n_cells: int) -> dist.Distribution:
-        """Return the law of z₀ for each cell, Normal(0, I)."""
+        """Return the law of z₀ for each cell: Normal(0, I), or the known start."""
+        if self.start is not None:
+            return dist.Delta(self.start.expand(n_cells, -1), event_dim=1)
         return dist.Normal(self.log_share.new_zeros(n_cells, self.n_latent), 1.0).to_event(1)
+
+    def rest_points(self, uniform: Float[Tensor, "point latent"]) -> Float[Tensor, "point latent"]:
+        """Turn uniform points into rest states of the law `at_rest`."""
+        return torch.special.ndtri(uniform) if self.start is None else self.start.expand_as(uniform)
 
     def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> CellState:
         """Carry cells at rest through their protocols."""
@@ -115,12 +126,18 @@ class CellModel(PyroModule):
         offset = sites["gene_bias"] + self.condition_effect.total(sites["condition_effect"], rows)
         return self.decoder(state.z, offset)
 
-    def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> CountLaw:
-        """Return the law of the counts: log rate = log ℓ + log share + η^b (eq 15)."""
+    def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> dist.Distribution:
+        """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""
         eta = Vindex(torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1)))[..., cells.batch, :]  # code −1 reads 0
         depth = (cells.log_size_factor + self.log_depth)[:, None]
-        return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta)
+        return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta, cells.standard_error)
 
-    def law(self, sites: dict[str, Tensor], log_rate: Float[Tensor, "*plate gene"]) -> CountLaw:
-        """Return the law of counts around a log rate."""
-        return self.measurement(log_rate, *(sites[name] for name in ("dispersion", "gate") if name in sites))
+    def law(
+        self,
+        sites: dict[str, Tensor],
+        location: Float[Tensor, "*plate gene"],
+        standard_error: Float[Tensor, "cell gene"] | None = None,
+    ) -> dist.Distribution:
+        """Return the law of counts around a log rate, or of values around a location with known standard errors."""
+        known = {} if standard_error is None else {"standard_error": standard_error}
+        return self.measurement(location, **{name: sites[name] for name in self.measurement.sites if name in sites}, **known)

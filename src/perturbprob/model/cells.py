@@ -12,7 +12,6 @@ from torch import Tensor
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Segment
-from perturbprob.model.condition_effect import nodes
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
@@ -23,7 +22,8 @@ class Cells:
     """A minibatch of cells as tensors. ``total`` is the size of the plate they stand for, ``index`` their places in it.
 
     ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0.
-    ``warmth`` is the weight of the cells' own KL term while a training warms up.
+    ``standard_error`` is that of each value where values are continuous and it is known. ``warmth`` is the weight of the cells' own
+    KL term while a training warms up.
     """
 
     total: int
@@ -34,6 +34,7 @@ class Cells:
     log_size_factor: Float[Tensor, " cell"]
     counts: Float[Tensor, "cell gene"]
     warmth: float = 1.0
+    standard_error: Float[Tensor, "cell gene"] | None = None
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -62,13 +63,15 @@ class CellTable:
             raise ValueError(
                 f"The model knows {len(names.genes)} genes and the screen holds {screen.n_genes}; {found}. Take adata[:, genes] first."
             )
+        if (screen.values == "continuous") != (model.start is not None):
+            raise ValueError(f"The model was made for other values than this screen's {screen.values}. Make the model from this screen.")
         if screen.time_unit != names.time_unit:
             raise ValueError(
                 f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first."
             )
         self.model, self.screen = model, screen
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
-        parts = [nodes(p, names.time_scale) for p in protocols]
+        parts = [model.condition_effect.parts(p, names.time_scale) for p in protocols]
         self.extra = model.condition_effect.unknown(parts)
         self.rows = model.condition_effect.rows(parts, self.extra)
         device = model.log_share.device
@@ -86,7 +89,7 @@ class CellTable:
 
     def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
         """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells."""
-        counts = torch.from_numpy(self.screen.counts[index.numpy()].toarray())
+        counts, known = torch.from_numpy(self.screen.counts[index.numpy()].toarray()), self.screen.standard_error
         condition, device = self.condition[index], self.model.log_share.device
         return Cells(
             total=self.screen.n_cells if total is None else total,
@@ -97,6 +100,7 @@ class CellTable:
             log_size_factor=self.log_size_factor[index].to(device),
             counts=counts.to(device=device, dtype=torch.float32),
             warmth=warmth,
+            standard_error=None if known is None else torch.from_numpy(np.nan_to_num(known[index.numpy()])).to(device),
         )
 
     def minibatches(self, minibatch: int) -> Iterator[Cells]:

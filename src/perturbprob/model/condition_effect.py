@@ -149,6 +149,10 @@ class ConditionEffect(PyroModule):
         scale = sites["condition_scale"][:, None] * sites["condition_gene_scale"] * sites["condition_local_scale"]
         return FromRest(scale[self.term], self.gap, sites["condition_memory"], self.previous, self.depth)
 
+    def parts(self, protocol: Protocol, time_scale: float) -> list[Node]:
+        """Return the nodes that add up in a condition; none where the model has no condition effects at all."""
+        return nodes(protocol, time_scale) if self.nodes else []
+
     def rows(self, conditions: Sequence[Sequence[Node]], extra: Sequence[Node] = ()) -> Int[Tensor, "condition part"]:
         """Return the numbers of each condition's nodes, ``extra`` nodes behind the model's own; padded with the number of all."""
         number = self._number | {node: len(self.nodes) + k for k, node in enumerate(extra)}

@@ -14,7 +14,6 @@ from torch.nn.functional import softplus
 
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
-from perturbprob.model.condition_effect import nodes
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -58,20 +57,23 @@ class Guide(PyroModule):
         super().__init__()
         names = model.vocabulary
         n_context = len(names.perturbations) + len(names.media) + 1 + len(names.batches)
-        self.encoder = Encoder(len(names.genes), n_context, model.n_latent, n_hidden=model.n_hidden)
+        self.register_buffer("known_start", model.start)
+        if model.start is None:
+            self.encoder = Encoder(len(names.genes), n_context, model.n_latent, n_hidden=model.n_hidden)
         self.register_buffer("node_batch", node_batch)
         self.register_buffer("basis", model.batch_effect.basis)
         with torch.random.fork_rng():
             trace = pyro.poutine.trace(model.globals).get_trace()
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-        self.blocked = [name for name in GENE_BLOCK if name in sites]
-        self.independent = [name for name in sites if name not in (*GENE_BLOCK, CONDITIONS)]
+        self.blocked = [name for name in GENE_BLOCK if name in sites and "gene_bias" in sites]
+        self.independent = [name for name in sites if name not in (*self.blocked, CONDITIONS)]
         self.support = {name: sites[name]["fn"].support for name in self.independent}
         for name in self.independent:
             start = dist.transforms.biject_to(self.support[name]).inv(_middle(sites[name]))
             setattr(self, f"{name}_loc", nn.Parameter(start.clone()))
             setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, -2.3)))
-        self._start_block(model)
+        if self.blocked:
+            self._start_block(model)
         shape = (len(node_batch), len(names.genes))
         self.condition_loc = nn.Parameter(torch.zeros(shape))
         self.condition_log_scale = nn.Parameter(torch.full(shape, -3.0))
@@ -110,7 +112,7 @@ class Guide(PyroModule):
             normal = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale").exp())
             law = dist.TransformedDistribution(normal, [dist.transforms.biject_to(self.support[name])])
             pyro.sample(name, law.to_event(len(law.batch_shape)))
-        carried = self._block()
+        carried = self._block() if self.blocked else None
         if len(self.node_batch):
             loc = self.condition_loc - torch.sigmoid(self.condition_weight) * (self.node_batch @ carried)
             pyro.sample(CONDITIONS, dist.Normal(loc, self.condition_log_scale.exp()).to_event(2))
@@ -118,7 +120,8 @@ class Guide(PyroModule):
     def centre(self) -> dict[str, Tensor]:
         """Return the centre of the law of every global site: medians, and means of the normal ones."""
         centre = {name: dist.transforms.biject_to(self.support[name])(getattr(self, f"{name}_loc")) for name in self.independent}
-        centre["gene_bias"] = self.block_loc[:, 0]
+        if self.blocked:
+            centre["gene_bias"] = self.block_loc[:, 0]
         if "batch_coordinate" in self.blocked:
             centre["batch_coordinate"] = self.block_loc[:, 1:].T
         return centre | ({CONDITIONS: self.condition_loc} if len(self.node_batch) else {})
@@ -143,7 +146,9 @@ class Guide(PyroModule):
             pyro.sample("z", self.rest(cells))
 
     def rest(self, cells: Cells) -> dist.Distribution:
-        """Return q(z₀ | x, protocol, batch) for each cell."""
+        """Return q(z₀ | x, protocol, batch) for each cell; a known start is returned as it is."""
+        if self.known_start is not None:
+            return dist.Delta(self.known_start.expand(len(cells), -1), event_dim=1)
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
         # row −1, a cell in no known batch, reads zeros
         batches = torch.nn.functional.pad(torch.eye(self.node_batch.shape[1], device=log_counts.device), (0, 0, 0, 1))[cells.batch]
@@ -168,7 +173,7 @@ def _members(model: CellModel, screen: "Screen") -> Float[Tensor, "node conditio
     names, number = model.vocabulary, {node: k for k, node in enumerate(model.condition_effect.nodes)}
     member = torch.zeros(len(number), len(screen.conditions))
     for column, protocol in enumerate(screen.conditions):
-        for node in nodes(names.protocol(protocol), names.time_scale):
+        for node in model.condition_effect.parts(names.protocol(protocol), names.time_scale):
             member[number[node], column] = 1
     return member
 

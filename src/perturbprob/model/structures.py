@@ -1,33 +1,41 @@
 """Structures: named fillings of `CellModel`'s slots."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from perturbprob.dynamics.neural_ode import NeuralODE
 from perturbprob.dynamics.solve import Solver
+from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from perturbprob.measurement.decoder import Decoder
+from perturbprob.measurement.decoder import Decoder, Identity
+from perturbprob.measurement.normal import Normal
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.condition_effect import ConditionEffect, nodes
 
-HEADS: dict[str, type[CountHead]] = {
+HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
     "negative_binomial": NegativeBinomial,
     "poisson": Poisson,
+    "normal": Normal,
+    "known_noise": partial(Normal, learnt=False),
 }
+CONTINUOUS = ("normal", "known_noise")
 
 
 def node(
     screen: Screen,
     n_latent: int = 10,
     *,
-    measurement: str = "zero_inflated_negative_binomial",
+    measurement: str | None = None,
     n_hidden: int = 128,
     field: nn.Module | None = None,
     solver: str = "rk4",
@@ -36,38 +44,70 @@ def node(
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
 
     ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
-    "zero_inflated_negative_binomial", "negative_binomial", "poisson"; ``field`` any module ``field(z, perturbation, media, clock)``
-    that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq; ``seed`` starts the networks. The screen
-    gives names and the
-    share of each gene in all counts; nothing of it is kept.
+    "zero_inflated_negative_binomial" (default), "negative_binomial", "poisson". ``field`` is any module
+    ``field(z, perturbation, media, clock)`` that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq;
+    ``seed`` starts the networks. The screen gives names and the share of each gene in all counts; nothing of it is kept.
+
+    A screen of continuous values is modelled in gene space: the state is the values, the start the mean of control at its first
+    time, in baseline media where there is one, and there is no decoder. ``measurement`` is then "normal" (known standard errors
+    and learnt noise, the default) or "known_noise".
     """
     require_screen(screen)
     for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
-    if measurement not in HEADS:
-        raise ValueError(f"Unknown measurement {measurement!r}. Use one of {', '.join(map(repr, HEADS))}.")
-    totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
-    vocabulary = Vocabulary.of(screen)
-    facts = {
-        "vocabulary": vocabulary,
-        "nodes": sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)}),
-        "log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32),
-        "log_depth": float(np.log(screen.depth)),
-    }
+    measurement = _measurement(screen, measurement)
+    facts = _facts(screen)
+    n_latent = n_latent if facts["start"] is None else screen.n_genes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return fill(facts, {"n_latent": n_latent, "measurement": measurement, "n_hidden": n_hidden, "solver": solver}, field)
 
 
+def _measurement(screen: Screen, name: str | None) -> str:
+    """Return the name of a measurement that fits the values of the screen."""
+    known = CONTINUOUS if screen.values == "continuous" else tuple(name for name in HEADS if name not in CONTINUOUS)
+    if name is None:
+        return known[0]
+    if name not in HEADS:
+        raise ValueError(f"Unknown measurement {name!r}. Use one of {', '.join(map(repr, HEADS))}.")
+    if name not in known:
+        raise ValueError(f"measurement={name!r} does not fit {screen.values}. Use one of {', '.join(map(repr, known))}.")
+    if name == "known_noise" and (screen.standard_error is None or not (screen.standard_error > 0).all()):
+        raise ValueError("measurement='known_noise' needs a standard error above 0 for every value. Use 'normal': it learns the rest.")
+    return name
+
+
+def _facts(screen: Screen) -> dict[str, Any]:
+    """Return what a structure needs to know of a screen."""
+    vocabulary = Vocabulary.of(screen)
+    facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
+    if screen.values == "continuous":
+        return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
+    totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
+    facts["nodes"] = sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)})
+    return facts | {"log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32)}
+
+
+def _start(screen: Screen) -> Float[Tensor, " gene"]:
+    """Return the mean of control at its first time, in baseline media where there is one; of all rows without control."""
+    first = min(range(len(screen.conditions)), key=lambda k: _order(screen.conditions[k]))
+    return torch.as_tensor(np.asarray(screen.counts[screen.condition == first].mean(0)).ravel(), dtype=torch.float32)
+
+
+def _order(protocol: Protocol) -> tuple[bool, str, float]:
+    """Sort control in baseline media at its first time to the front."""
+    return bool(protocol.perturbations), protocol.media or "", protocol.time
+
+
 def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
     """Fill the slots from the facts of a screen and the arguments of `node`."""
     vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
-    n_genes = len(vocabulary.genes)
+    n_genes, start = len(vocabulary.genes), facts["start"]
     return CellModel(
         vocabulary,
         NeuralODE(n_latent, field=field, solver=Solver(arguments["solver"])),
-        Decoder(n_latent, n_genes, n_hidden=n_hidden),
+        Decoder(n_latent, n_genes, n_hidden=n_hidden) if start is None else Identity(),
         HEADS[arguments["measurement"]](n_genes),
         BatchEffect(len(vocabulary.batches), facts["log_share"].exp()),
         ConditionEffect(facts["nodes"], n_genes),
@@ -75,5 +115,6 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
         n_hidden=n_hidden,
         log_share=facts["log_share"],
         log_depth=facts["log_depth"],
+        start=start,
         recipe={"structure": "node", "arguments": arguments, "field": None if field is None else type(field).__qualname__},
     )

@@ -1,0 +1,44 @@
+"""The border for continuous values: means, intensities and their standard errors, checked."""
+
+import numpy as np
+from anndata import AnnData
+from jaxtyping import Float32
+from scipy.sparse import csr_array, issparse
+
+from perturbprob.experiment.reading import some
+from perturbprob.experiment.vocabulary import nearest
+
+
+def read_values(adata: AnnData, layer: str | None) -> csr_array:
+    """Return the values of X or a layer as float32 (cell, gene); NaN and infinite ones are refused."""
+    name, values = _dense(adata, layer)
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        cell, gene = np.argwhere(wrong)[0]
+        found = f"{wrong.sum():,} values of {name} are NaN or infinite, first in {some(adata.obs_names[[cell]], 'cell')}"
+        raise ValueError(f"{found}, gene {adata.var_names[gene]!r}. Drop these cells or genes: a missing value cannot be fitted.")
+    return csr_array(values)
+
+
+def read_standard_errors(adata: AnnData, layer: str | None) -> Float32[np.ndarray, "cell gene"] | None:
+    """Return the standard errors of the values from a layer, NaN where one is not known; negative and infinite ones are refused."""
+    if layer is None:
+        return None
+    name, values = _dense(adata, layer)
+    if (values < 0).any() or np.isinf(values).any():
+        raise ValueError(f"{name} holds negative or infinite values; a standard error is at least 0, or NaN where it is not known.")
+    return values
+
+
+def _dense(adata: AnnData, layer: str | None) -> tuple[str, Float32[np.ndarray, "cell gene"]]:
+    """Return a matrix of an AnnData as a new array, and its name."""
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"layer={layer!r} is not a layer of adata. {nearest(layer, adata.layers)}")
+    name, values = ("adata.X", adata.X) if layer is None else (f"adata.layers[{layer!r}]", adata.layers[layer])
+    if values is None:
+        raise ValueError("adata.X is empty. Pass layer= with the layer that holds the values.")
+    values = values.to_memory() if hasattr(values, "to_memory") else values
+    dense = values.toarray() if issparse(values) else np.asarray(values[...])
+    if dense.dtype.kind not in "buif":
+        raise ValueError(f"{name} holds values of type {dense.dtype}, not numbers.")
+    return name, np.array(dense, dtype=np.float32)
