@@ -29,7 +29,7 @@ from perturbprob.inference import (  # noqa: E402
     prior,
 )
 from perturbprob.model import CellModel, node  # noqa: E402
-from perturbprob.studies import baselines, predictive_check  # noqa: E402
+from perturbprob.studies import baselines, predictive_check, steady_states  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "predictive_check",
     "prior",
     "simulate",
+    "steady_states",
 ]
 
 

@@ -17,6 +17,7 @@ from perturbprob.experiment.screen import Screen
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.fit import Fit
 from perturbprob.studies.predictive_check import PredictiveCheck
+from perturbprob.studies.steady_state import SteadyStates
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -204,6 +205,33 @@ def _branch(screen: Screen, branch: str, media: str, part: pd.DataFrame) -> dict
 def _write(axes: "matplotlib.axes.Axes", x: float, y: float, text: str, **style: Any) -> None:
     """Write a text that is not read as mathematics, centred unless said otherwise."""
     axes.text(x, y, _plain(text), ha=style.pop("ha", "center"), va="center", fontsize=9, **style)
+
+
+def steady_states(
+    result: SteadyStates, *, media: str | None = None, figure: "matplotlib.figure.Figure | None" = None
+) -> "matplotlib.figure.Figure":
+    """Draw |LFC| of each perturbation in each step between times, a panel each, in one ``media`` (default: the first); figure 9.
+
+    Those known from the most cells come first. Above, |LFC| as measured and, grey, what halves of control show, up to the bound at the
+    worst time; below, |LFC| beyond the drift that all share and, grey, the bound of noise in the perturbation's own numbers of cells.
+    What the rule of its row calls moving is a red diamond.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, times=(1.0, 2.0, 3.0), seed=1).screen
+    >>> len(pb.plots.steady_states(pb.steady_states(screen, n_splits=50)).axes)
+    4
+    """
+    part = result.table.sel(media=_known([media], result.table.media.values, "media")[0] if media else result.table.media.values[0])
+    part = part.isel(perturbation=np.argsort(-part["precision"].sum("step").values, kind="stable"))
+    n_steps = part.sizes["step"]
+    figure = _figure((min(0.24 * part.sizes["perturbation"] + 1.5, 30.0) * min(n_steps, 3) / 1.5, 6.5)) if figure is None else figure
+    panels = figure.subplots(2, n_steps, sharex=True, sharey="row", squeeze=False)
+    control = (part["control_bound"].broadcast_like(part["lfc"]), "steady_by_control", "95 % of halves of control, worst time")
+    matched = (part["matched_bound"], "steady_by_matched", "noise in the same numbers of cells")
+    for row, name, (bound, rule, label) in zip(panels, ("lfc", "lfc_beyond_drift"), (control, matched), strict=True):
+        for k, axes in enumerate(row):
+            _moves(axes, part[name].values[:, k], bound.values[:, k], part[rule].values[:, k], label)
+    return figure
 
 
 def _figure(size: tuple[float, float]) -> "matplotlib.figure.Figure":

@@ -2,5 +2,6 @@
 
 from perturbprob.studies import baselines
 from perturbprob.studies.predictive_check import predictive_check
+from perturbprob.studies.steady_state import steady_states
 
-__all__ = ["baselines", "predictive_check"]
+__all__ = ["baselines", "predictive_check", "steady_states"]
