@@ -23,8 +23,10 @@ OVERDISPERSION = dist.transforms.ComposeTransform(
     [
         dist.transforms.AffineTransform(0.0, 20.0),
         dist.transforms.SoftplusTransform(),
-        dist.transforms.AffineTransform(1e-4, 0.05),
-        dist.transforms.PowerTransform(torch.tensor(-1.0)),
+        dist.transforms.AffineTransform(0.0, 0.05),
+        dist.transforms.ExpTransform().inv,
+        dist.transforms.AffineTransform(0.0, -1.0),
+        dist.transforms.ExpTransform(),
     ]
 )
 """θ = 1 / (softplus(20 u) / 20): counts tell of 1/θ about evenly, and of log θ with a long tail towards the Poisson law."""
