@@ -1,6 +1,7 @@
 """The shell's verbs on a small screen: what is printed, what is written, and what is said when something is wrong."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,9 @@ def test_the_demonstration_says_and_writes_all_that_it_promises(tmp_path: Path) 
     }
     fit = pb.load(tmp_path / "fit")
     assert not set(fit.trained_on["cells"]) & set(demonstration.held_out()[2].cells)
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.strip() == version("perturbprob")

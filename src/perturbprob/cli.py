@@ -102,11 +102,12 @@ def _with_columns(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     """Print the version and leave."""
     if wanted:
         _say(version("perturbprob"))
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -233,8 +233,10 @@ def test_log_density_of_the_globals_is_that_of_the_described_law(screen):
         trace.compute_log_prob()
     site = trace.nodes["dispersion"]
     loc, scale = (part.detach().double().numpy() for part in (guide.dispersion_loc, guide.dispersion_log_scale.exp()))
-    expected = stats.lognorm.logpdf(site["value"].double().numpy(), scale, scale=np.exp(loc)).sum()
-    assert float(site["log_prob_sum"]) == pytest.approx(expected, rel=1e-4)
+    theta = site["value"].double().numpy()
+    line = np.log(np.expm1(20 / theta)) / 20  # θ = 20 / log(1 + exp(20 u))
+    slope = theta**2 / (1 + np.exp(-20 * line))
+    assert float(site["log_prob_sum"]) == pytest.approx((stats.norm.logpdf(line, loc, scale) - np.log(slope)).sum(), rel=1e-4)
     site, scale = trace.nodes["gene_block"], guide.block_log_scale.detach().exp()
     factor = torch.tril(guide.block_lower.detach(), -1) * scale[:, :, None] + torch.diag_embed(scale)
     cov = (factor @ factor.mT).double().numpy()

@@ -136,10 +136,10 @@ def test_the_model_knows_the_screen_by_name_share_and_depth(screen):
 def test_every_term_has_a_node_at_every_time_it_was_measured(screen):
     scale = node(screen).vocabulary.time_scale
     genes, media = screen.perturbations, ("Media('BMP4')",)
-    expected = {Node(media, t / scale) for t in (1, 2)}
+    expected = {Node(media, round(t / scale, 12)) for t in (1, 2)}
     for gene in genes:
         own = (f"Knockout('{gene}')",)
-        expected |= {Node(term, t / scale) for term in (own, own + media) for t in (1, 2)}
+        expected |= {Node(term, round(t / scale, 12)) for term in (own, own + media) for t in (1, 2)}
     found = node(screen).condition_effect.nodes
     assert set(found) == expected
     assert list(found) == sorted(found)

@@ -18,6 +18,18 @@ from perturbprob.model.cells import Cells
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
+OVERDISPERSION = dist.transforms.ComposeTransform(
+    [
+        dist.transforms.AffineTransform(0.0, 20.0),
+        dist.transforms.SoftplusTransform(),
+        dist.transforms.AffineTransform(0.0, 0.05),
+        dist.transforms.ExpTransform().inv,
+        dist.transforms.AffineTransform(0.0, -1.0),
+        dist.transforms.ExpTransform(),
+    ]
+)
+"""θ = 1 / (softplus(20 u) / 20): counts tell of 1/θ about evenly, and of log θ with a long tail towards the Poisson law."""
+
 GENE_BLOCK, CONDITIONS = ("gene_bias", "batch_coordinate"), "condition_effect"
 
 
@@ -69,7 +81,7 @@ class Guide(PyroModule):
         self.independent = [name for name in sites if name not in (*self.blocked, CONDITIONS)]
         self.support = {name: sites[name]["fn"].support for name in self.independent}
         for name in self.independent:
-            start = dist.transforms.biject_to(self.support[name]).inv(_middle(sites[name]))
+            start = self.transform(name).inv(_middle(sites[name]))
             setattr(self, f"{name}_loc", nn.Parameter(start.clone()))
             setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, -2.3)))
         if self.blocked:
@@ -78,6 +90,10 @@ class Guide(PyroModule):
         self.condition_loc = nn.Parameter(torch.zeros(shape))
         self.condition_log_scale = nn.Parameter(torch.full(shape, -3.0))
         self.condition_weight = nn.Parameter(torch.zeros(shape))
+
+    def transform(self, name: str) -> dist.transforms.Transform:
+        """Return how the unconstrained line, on which a site's law is normal, becomes its values."""
+        return OVERDISPERSION if name == "dispersion" else dist.transforms.biject_to(self.support[name])
 
     def _start_block(self, model: CellModel) -> None:
         """Start every gene's block at its log share and no batch effect, nearly sure."""
@@ -101,8 +117,9 @@ class Guide(PyroModule):
         self.block_log_scale.copy_(-0.5 * torch.cat([by_batch.sum(0, keepdim=True) + 1, free]).T.log())
         if "dispersion" in self.support:
             mean, theta = _moments(screen)
-            self.dispersion_loc.copy_(theta.log())
-            self.dispersion_log_scale.copy_(-0.5 * (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).log())
+            self.dispersion_loc.copy_(OVERDISPERSION.inv(theta))
+            width = (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).rsqrt()  # of log θ
+            self.dispersion_log_scale.copy_((width / (theta * -torch.expm1(-20 / theta))).log())
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())
 
@@ -110,7 +127,7 @@ class Guide(PyroModule):
         """Sample every global site."""
         for name in self.independent:
             normal = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale").exp())
-            law = dist.TransformedDistribution(normal, [dist.transforms.biject_to(self.support[name])])
+            law = dist.TransformedDistribution(normal, [self.transform(name)])
             pyro.sample(name, law.to_event(len(law.batch_shape)))
         carried = self._block() if self.blocked else None
         if len(self.node_batch):
@@ -119,7 +136,7 @@ class Guide(PyroModule):
 
     def centre(self) -> dict[str, Tensor]:
         """Return the centre of the law of every global site: medians, and means of the normal ones."""
-        centre = {name: dist.transforms.biject_to(self.support[name])(getattr(self, f"{name}_loc")) for name in self.independent}
+        centre = {name: self.transform(name)(getattr(self, f"{name}_loc")) for name in self.independent}
         if self.blocked:
             centre["gene_bias"] = self.block_loc[:, 0]
         if "batch_coordinate" in self.blocked:
