@@ -282,3 +282,20 @@ def test_a_missing_matplotlib_is_named_with_what_to_install(fit, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install perturbprob\[plots\]"):
         plots.losses(fit)
+
+
+def test_steady_states_draws_every_step_and_marks_what_moves(screen):
+    result = pb.steady_states(screen, n_splits=40)
+    media = "BMP4"
+    above, below = plots.steady_states(result, media=media).axes
+    part = result.table.sel(media=media)
+    for axes, name, rule in ((above, "lfc", "steady_by_control"), (below, "lfc_beyond_drift", "steady_by_matched")):
+        np.testing.assert_allclose(np.sort(points(axes)[:, 1]), np.sort(part[name].values.ravel()))
+        moving = [line for line in axes.lines if line.get_label() == "moving"]
+        assert len(moving[0].get_xdata()) == int((~part[rule]).sum())
+    assert above.patches[0].get_height() == float(part["control_bound"])
+    np.testing.assert_allclose(sorted(bar.get_height() for bar in below.patches), np.sort(part["matched_bound"].values.ravel()))
+    assert sorted(names_of(below, "x")) == sorted(part["perturbation"].values)
+    assert "1 → 2 day" in below.get_xlabel()
+    with pytest.raises(ValueError, match="There is no media 'BMP5' here"):
+        plots.steady_states(result, media="BMP5")

@@ -210,27 +210,34 @@ def _write(axes: "matplotlib.axes.Axes", x: float, y: float, text: str, **style:
 def steady_states(
     result: SteadyStates, *, media: str | None = None, figure: "matplotlib.figure.Figure | None" = None
 ) -> "matplotlib.figure.Figure":
-    """Draw |LFC| of each perturbation in each step between times, a panel each, in one ``media`` (default: the first); figure 9.
+    """Draw |LFC| of each perturbation between sequential times, joined by a line, in one ``media`` (default: the first); figure 9.
 
-    Those known from the most cells come first. Above, |LFC| as measured and, grey, what halves of control show, up to the bound at the
-    worst time; below, |LFC| beyond the drift that all share and, grey, the bound of noise in the perturbation's own numbers of cells.
-    What the rule of its row calls moving is a red diamond.
+    Those known from most cells come first. Above, |LFC| as measured; the grey band is what halves of control show at their worst time.
+    Below, |LFC| beyond the drift that all share; grey bars are the noise of control cells in the same numbers. Steps that the rule of
+    their panel calls moving are red diamonds; the last step counts.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, times=(1.0, 2.0, 3.0), seed=1).screen
     >>> len(pb.plots.steady_states(pb.steady_states(screen, n_splits=50)).axes)
-    4
+    2
     """
-    part = result.table.sel(media=_known([media], result.table.media.values, "media")[0] if media else result.table.media.values[0])
-    part = part.isel(perturbation=np.argsort(-part["precision"].sum("step").values, kind="stable"))
-    n_steps = part.sizes["step"]
-    figure = _figure((min(0.24 * part.sizes["perturbation"] + 1.5, 30.0) * min(n_steps, 3) / 1.5, 6.5)) if figure is None else figure
-    panels = figure.subplots(2, n_steps, sharex=True, sharey="row", squeeze=False)
-    control = (part["control_bound"].broadcast_like(part["lfc"]), "steady_by_control", "95 % of halves of control, worst time")
-    matched = (part["matched_bound"], "steady_by_matched", "noise in the same numbers of cells")
-    for row, name, (bound, rule, label) in zip(panels, ("lfc", "lfc_beyond_drift"), (control, matched), strict=True):
-        for k, axes in enumerate(row):
-            _moves(axes, part[name].values[:, k], bound.values[:, k], part[rule].values[:, k], label)
+    table = result.table.sel(media=_known([media], result.table.media.values, "media") if media else result.table.media.values[:1])
+    part = table.isel(media=0, perturbation=np.argsort(-table["precision"].sum(["media", "step"]).values, kind="stable"))
+    figure = _figure((min(0.38 * len(part.perturbation) + 2.5, 40.0), 7.0)) if figure is None else figure
+    above, below = figure.subplots(2, 1, sharex=True)
+    within = f"{100 * (1 - part.attrs['tolerance']):g} % of"
+    above.axhspan(0, float(part["control_bound"]), color=GREY, alpha=0.25, lw=0, label=f"{within} halves of control, worst time")
+    _steps(above, part["lfc"], part["steady_by_control"])
+    place = _steps(below, part["lfc_beyond_drift"], part["steady_by_matched"]).ravel()
+    noise, style = part["matched_bound"].values.ravel(), {"color": GREY, "alpha": 0.35, "zorder": 0}
+    below.bar(place, noise, 0.8 / len(part.step), label=f"{within} noise in the same numbers of cells", **style)
+    above.set(ylabel="|LFC| [log₂]", title=f"Steps between times, {_plain(part.media.values)}")
+    steps = f"{', '.join(part.step.values)} {part.attrs['time_unit']}"
+    below.set(ylabel="|LFC| beyond shared drift [log₂]", xlabel=f"perturbation, most cells first; each from left to right: {steps}")
+    _name(below.xaxis, part.perturbation.values, rotation=90)
+    for axes in (above, below):
+        axes.set(xlim=(-0.7, len(part.perturbation) - 0.3), ylim=(0, 1.3 * axes.dataLim.ymax))
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     return figure
 
 
@@ -427,6 +434,16 @@ def _intervals(axes: "matplotlib.axes.Axes", changes: pd.DataFrame, level: float
     axes.axvline(0, color=GREY, lw=1)
     _name(axes.yaxis, changes.index)
     axes.set(xlabel=f"log fold change [natural log]\nwith {100 * level:g} % interval", ylim=(len(changes) - 0.5, -0.5))
+
+
+def _steps(axes: "matplotlib.axes.Axes", values: xr.DataArray, steady: xr.DataArray) -> Float[np.ndarray, "perturbation step"]:
+    """Draw the steps of each perturbation as a line, those that are not steady as red diamonds; return where they are drawn."""
+    rows, n = values.shape
+    place, seen = np.arange(rows)[:, None] + 0.8 * ((np.arange(n) + 0.5) / n - 0.5), values.notnull().values
+    axes.plot(place.T, values.values.T, color=BLUE, lw=1)
+    for mask, marker, colour, label in ((steady.values, "o", BLUE, "steady"), (~steady.values, "D", RED, "moving")):
+        axes.plot(place[mask & seen], values.values[mask & seen], marker, ms=4.5, mew=0, color=colour, label=label)
+    return place
 
 
 def _cells(screen: Screen) -> pd.DataFrame:

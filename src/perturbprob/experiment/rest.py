@@ -22,6 +22,7 @@ _BLOCK = 20_000_000  # numbers held at a time
 _PRIOR_CELLS = 20  # for how many cells the variance of all perturbations counts in that of one
 _GRID = 400
 _PROBES = 128
+_ROUNDS = 10
 
 
 @final
@@ -108,23 +109,39 @@ def steps(course: Course) -> Float64[np.ndarray, "perturbation step gene"]:
 
     >>> from perturbprob.experiment import datasets
     >>> change = steps(Course.of(datasets.ishikawa2023()))
-    >>> change.shape, abs(change[0, 2]).mean().round(2)  # control, from day 4 to day 5
-    ((24, 3, 103), np.float64(0.16))
+    >>> change.shape, f"{abs(change[0, 2]).mean():.2f}"  # control, from day 4 to day 5
+    ((24, 3, 103), '0.17')
     """
     exposure = np.bincount(course._group, course.size_factor, course._n_groups).reshape(course.n_cells.shape)
     return np.diff(_level(course.sums(course.counts), exposure), axis=1)
 
 
+def drift_weights(course: Course) -> Float64[np.ndarray, "perturbation step"]:
+    """Return how much each perturbation's step tells of the drift that all share: 1 / (noise + movement), 0 where not seen.
+
+    Both are variances of the step of mean log₂(1 + x/ℓ), averaged over genes: noise from sampling cells, and movement what the step
+    beyond the drift has above noise, in ten rounds of drift and movement. So a perturbation that moves much does not pass for drift.
+    """
+    change, noise = _changes(course, _log_values(course))
+    known = np.nan_to_num(noise.mean(axis=-1))
+    moved = np.zeros_like(known)
+    for _ in range(_ROUNDS):
+        weight = np.where(known > 0, 1 / np.where(known > 0, known + moved, 1), 0.0)
+        excess = beyond_drift(change, weight) ** 2 - noise - _drift_variance(noise + moved[..., None], weight)
+        moved = np.maximum(np.nan_to_num(excess.mean(axis=-1)), 0)
+    return weight
+
+
 def beyond_drift(
-    change: Float64[np.ndarray, "*draw perturbation step gene"], precision: Float64[np.ndarray, "perturbation step"]
+    change: Float64[np.ndarray, "*draw perturbation step gene"], weight: Float64[np.ndarray, "perturbation step"]
 ) -> Float64[np.ndarray, "*draw perturbation step gene"]:
-    """Take from each step the drift, the mean of the same step over all other perturbations and control weighted by precision.
+    """Take from each step the drift, the weighted mean of the same step over all other perturbations and control.
 
     A step is NaN where it is not seen, or where no other is.
     """
-    weight = precision[..., None]
+    weight = weight[..., None]
     known = weight * np.where(weight > 0, change, 0.0)
-    others = weight.sum(axis=-3, keepdims=True) - weight
+    others = weight.sum(axis=0) - weight
     drift = (known.sum(axis=-3, keepdims=True) - known) / np.where(others > 0, others, np.nan)
     return change - drift
 
@@ -138,7 +155,7 @@ def split_halves(course: Course, n_splits: int, seed: int = 0) -> Float64[np.nda
     array([0.2, 0.1, 0.1, 0.1])
     """
     rng, result = np.random.default_rng([seed, 0]), np.full((n_splits, len(course.times)), np.nan)
-    for time in np.flatnonzero(course.n_cells[0]):
+    for time in np.flatnonzero(course.n_cells[0]).tolist():
         counts, size = course.controls(time)
         for rows in _blocks(n_splits, max(counts.shape)):
             half = rng.permuted(np.tile(np.arange(len(size)) < len(size) // 2, (rows.stop - rows.start, 1)), axis=1).astype(float)
@@ -155,16 +172,16 @@ def matched_steps(course: Course, n_splits: int, seed: int = 0) -> Float64[np.nd
     cells of the time, so control's own steps and the shared drift are 0 but for noise. Time and memory grow with perturbations ×
     times × genes.
     """
-    rng, shape = np.random.default_rng([seed, 1]), (*course.n_cells.shape, course.counts.shape[1])
+    rng, shape, weight = np.random.default_rng([seed, 1]), (*course.n_cells.shape, course.counts.shape[1]), drift_weights(course)
     result = np.empty((n_splits, shape[0], shape[1] - 1))
     for rows in _blocks(n_splits, int(np.prod(shape))):
         levels = np.full((rows.stop - rows.start, *shape), np.nan)
-        for time in np.flatnonzero(course.n_cells[0]):
+        for time in np.flatnonzero(course.n_cells[0]).tolist():
             counts, size = course.controls(time)
-            for k in np.flatnonzero(course.n_cells[:, time]):
-                times_drawn = _draw(rng, len(levels), len(size), course.n_cells[k, time])
+            for k in np.flatnonzero(course.n_cells[:, time]).tolist():
+                times_drawn = _draw(rng, len(levels), len(size), int(course.n_cells[k, time]))
                 levels[:, k, time] = _level(times_drawn @ counts, times_drawn @ size) - _level(counts.sum(axis=0), size.sum())
-        result[rows] = np.abs(beyond_drift(np.diff(levels, axis=2), course.precision)).mean(axis=-1)
+        result[rows] = np.abs(beyond_drift(np.diff(levels, axis=2), weight)).mean(axis=-1)
     return result
 
 
@@ -195,16 +212,15 @@ def probability_of_rest(course: Course, change: float) -> Float64[np.ndarray, "p
 
     >>> from perturbprob.experiment import datasets
     >>> course = Course.of(datasets.ishikawa2023())
-    >>> bool(probability_of_rest(course, 0.1)[course.perturbations.index("POU5F1"), 2] < 0.01)
+    >>> bool(probability_of_rest(course, 0.05)[course.perturbations.index("POU5F1"), 2] < 0.01)
     True
     """
-    values = course.counts.multiply(1 / course.size_factor[:, None]).tocsr()
-    values.data = np.log2(1 + values.data)
-    mean, variance = _moments(course, values)
-    residual = beyond_drift(np.diff(mean, axis=1), course.precision)
-    noise = variance[:, 1:] + variance[:, :-1]
-    noise = noise + _drift_variance(noise, course.precision)
-    share = _effective_genes(course, values, mean) / residual.shape[-1]
+    values, weight = _log_values(course), drift_weights(course)
+    change_of, noise = _changes(course, values)
+    residual = beyond_drift(change_of, weight)
+    moved = np.where(weight > 0, 1 / np.where(weight > 0, weight, 1) - noise.mean(axis=-1), 0.0)
+    noise = noise + _drift_variance(noise + moved[..., None], weight)
+    share = _effective_genes(course, values) / residual.shape[-1]
     wait = np.diff(course.times)[:, None]
     quantile = (np.arange(_GRID) + 0.5) / _GRID
     log = share * np.stack([_log_density(residual, noise + (t * wait) ** 2) for t in change * np.tan(np.pi / 2 * quantile)])
@@ -225,10 +241,23 @@ def _blocks(n_draws: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + width, n_draws)) for start in range(0, n_draws, width))
 
 
-def _draw(rng: np.random.Generator, n_draws: int, n_known: int, n_cells: np.int64) -> Float64[np.ndarray, "draw cell"]:
+def _draw(rng: np.random.Generator, n_draws: int, n_known: int, n_cells: int) -> Float64[np.ndarray, "draw cell"]:
     """Return how often each known cell is drawn, with replacement."""
     cell = rng.integers(n_known, size=(n_draws, n_cells)) + n_known * np.arange(n_draws)[:, None]
     return np.bincount(cell.ravel(), minlength=n_draws * n_known).reshape(n_draws, n_known).astype(float)
+
+
+def _log_values(course: Course) -> csr_array:
+    """Return log₂(1 + x/ℓ) of every cell."""
+    values = course.counts.multiply(1 / course.size_factor[:, None]).tocsr()
+    values.data = np.log2(1 + values.data)
+    return values
+
+
+def _changes(course: Course, values: csr_array) -> tuple[Float64[np.ndarray, "perturbation step gene"], ...]:
+    """Return the change of the mean over cells between sequential times, and its sampling variance."""
+    mean, variance = _moments(course, values)
+    return np.diff(mean, axis=1), variance[:, 1:] + variance[:, :-1]
 
 
 def _moments(course: Course, values: csr_array) -> tuple[Float64[np.ndarray, "perturbation time gene"], ...]:
@@ -241,11 +270,11 @@ def _moments(course: Course, values: csr_array) -> tuple[Float64[np.ndarray, "pe
 
 
 def _drift_variance(
-    noise: Float64[np.ndarray, "perturbation step gene"], precision: Float64[np.ndarray, "perturbation step"]
+    variance: Float64[np.ndarray, "perturbation step gene"], weight: Float64[np.ndarray, "perturbation step"]
 ) -> Float64[np.ndarray, "perturbation step gene"]:
-    """Return the sampling variance of the drift that `beyond_drift` takes from each step."""
-    weight = precision[..., None]
-    known = weight**2 * np.where(weight > 0, noise, 0.0)
+    """Return the variance of the drift that `beyond_drift` takes from each step, from those of the steps."""
+    weight = weight[..., None]
+    known = weight**2 * np.where(weight > 0, variance, 0.0)
     others = weight.sum(axis=0) - weight
     return (known.sum(axis=0) - known) / np.where(others > 0, others, np.nan) ** 2
 
@@ -257,9 +286,9 @@ def _log_density(
     return np.where(np.isnan(residual), 0, -0.5 * (np.log(variance) + residual**2 / variance)).sum(axis=-1)
 
 
-def _effective_genes(course: Course, values: csr_array, mean: Float64[np.ndarray, "perturbation time gene"]) -> float:
+def _effective_genes(course: Course, values: csr_array) -> float:
     """Return how many independent genes the genes count for, G² / Σ ρ², by random probes of the correlation where genes are many."""
-    means, group = np.nan_to_num(mean.reshape(course._n_groups, -1)), course._group
+    means, group = np.nan_to_num(_moments(course, values)[0].reshape(course._n_groups, -1)), course._group
     variance = (values.power(2).sum(axis=0) - (course.n_cells.reshape(-1, 1) * means**2).sum(axis=0)) / len(group)
     scale = 1 / np.sqrt(np.where(variance > 1e-12, variance, np.inf))
     n_genes = len(scale)
@@ -283,15 +312,16 @@ def _check_screen(screen: "Screen") -> None:
     """Refuse a screen in which nothing can be followed, or compared."""
     if len(screen.times) < 2:
         raise ValueError(
-            f"This screen has a single time, {screen.times[0]:g}: what moves shows between two. Name the column of times, time=, when reading it."
+            f"This screen has a single time, {screen.times[0]:g}; what moves shows between two. "
+            "Name the column of times when reading the screen: time='day'."
         )
     if all(p.perturbations for p in screen.conditions):
         raise ValueError(
-            "This screen has no control cells, whose halves show the noise. Name their label, control=, when reading it, or keep them in the screen."
+            "This screen has no control cells, which show the noise. Keep them in it, or name their label when reading it: control='NT'."
         )
     if not screen.perturbations:
         raise ValueError(
-            "This screen has control cells only: without perturbations a change cannot be told from the drift that all share. Keep some in it."
+            "This screen has control cells only; what changes in control cannot be told from the drift of all. Keep perturbed cells in it."
         )
 
 
