@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RANK = 3
 STEPS, LEARNING_RATE = 250, 0.05
 DAY_VARIANCE = 4.0  # of the mean of a day around that of all days, in units of the variance between cells
+INCREMENT = 0.3  # where the standard deviation of a change between successive times starts, that of the first time being 1
 NUGGET = 0.02  # where it starts
 
 
@@ -31,9 +32,10 @@ def hierarchical_gaussian(train: "Screen", conditions: Sequence[Protocol]) -> xr
         Y[p, t, g] / σ_g = μ_g + day[t, g] + δ[p, t, g] + noise,   δ[·, ·, g] ~ Normal(0, a_g (K ⊗ T + ν I)),   δ[control] = 0,
 
     with day ~ Normal(0, 4), K = diag(τ) + L Lᵀ over perturbations (L of rank 3), T any covariance over times (its first entry 1) and
-    ν what does not persist. μ_g is the mean over the training conditions; a, τ, L, T and ν are fitted to the marginal likelihood, by
-    250 steps of Adam from a fixed start, with weak priors on log a, log τ and L. The prediction is the posterior mean; earlier and
-    later times count alike. As all genes share K, T and the noise, one eigendecomposition a step, of (conditions)², serves every gene.
+    ν what does not persist. T is written by the changes between successive times, so that δ stays where it was at a time of which only
+    control was seen. μ_g is the mean over the training conditions; a, τ, L, T and ν are fitted to the marginal likelihood, by 250
+    steps of Adam from a fixed start, with weak priors on log a, log τ and L. The prediction is the posterior mean; earlier and later
+    times count alike. As all genes share K, T and the noise, one eigendecomposition a step, of (conditions)², serves every gene.
 
     Raises ValueError for a perturbation without training cells, and a time at which nothing was seen.
 
@@ -78,14 +80,15 @@ class _Prior(nn.Module):
         start = torch.Generator().manual_seed(0)
         self.log_spread = nn.Parameter(torch.full((n_perturbations - 1,), -1.0, dtype=torch.float64))
         self.loading = nn.Parameter(0.1 * torch.randn(n_perturbations - 1, RANK, generator=start, dtype=torch.float64))
-        self.root = nn.Parameter(torch.eye(n_times, dtype=torch.float64))
+        self.root = nn.Parameter(torch.tensor([1.0] + [INCREMENT] * (n_times - 1), dtype=torch.float64).diag())
         self.log_nugget = nn.Parameter(torch.tensor(NUGGET, dtype=torch.float64).log())
         self.log_scale = nn.Parameter(torch.full((n_genes,), -1.0, dtype=torch.float64))
 
     def forward(self, left: _Place, right: _Place) -> Float64[Tensor, "left right"]:
         """Return the covariance between two lists of conditions."""
         similar = nn.functional.pad(self.log_spread.exp().diag() + self.loading @ self.loading.T, (1, 0, 1, 0))
-        root = self.root.tril()
+        # rows of the root are changes from the time before: one that no mean bears on keeps its start, and is a change of mean 0
+        root = self.root.tril().cumsum(0)
         times = root @ root.T / root[0, 0] ** 2
         same = (left.perturbation[:, None] == right.perturbation) & (left.time[:, None] == right.time)
         lone = same & (left.perturbation > 0)[:, None]
