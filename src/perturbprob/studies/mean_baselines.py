@@ -43,6 +43,7 @@ def control_mean(train: "Screen", conditions: Sequence[Protocol]) -> xr.DataArra
     """
 
     def method(course: TimeCourse, asked: list[Protocol]) -> Means:
+        """Repeat control."""
         course = course.taking([-1])
         course.check_control()
         return np.repeat(course.mean[:1, -1], len(asked), 0)
@@ -60,6 +61,7 @@ def perturbation_mean(train: "Screen", conditions: Sequence[Protocol]) -> xr.Dat
     """
 
     def method(course: TimeCourse, asked: list[Protocol]) -> Means:
+        """Repeat the mean of what was seen."""
         course.check_target()
         return np.repeat(course.mean[course.seen[:, -1], -1].mean(0)[None], len(asked), 0)
 
@@ -201,6 +203,7 @@ def _from_history(
     """Predict from the perturbations that were seen at every earlier time, with the numbers of the grid that validate best."""
 
     def method(course: TimeCourse, asked: list[Protocol]) -> Means:
+        """Check, tune, predict."""
         for protocol in asked:
             course.check_history(protocol)
         course = course.with_history()
@@ -291,6 +294,7 @@ def _linear_ode(course: TimeCourse, rows: Rows, field: float, push: float) -> Me
     field_ridge, push_ridge = field * (start**2).sum() / 10, push * len(gap)
 
     def kernel(x: Float[np.ndarray, "row gene"], of: Rows) -> Float[np.ndarray, "row step"]:
+        """Return how much of each fitted step a state takes."""
         return x @ start.T / field_ridge + (of[:, None] == p) / push_ridge
 
     fitted = np.linalg.solve(kernel(start, p) + np.diag(weight.mean() / weight), slope)
