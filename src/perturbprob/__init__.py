@@ -9,7 +9,7 @@ import pyro
 # a second model in one session must not take over the parameters of the first
 pyro.settings.set(module_local_params=True)
 
-from perturbprob.experiment import datasets  # noqa: E402
+from perturbprob.experiment import datasets, split  # noqa: E402
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait  # noqa: E402
 from perturbprob.experiment.screen import Screen, ScreenWarning  # noqa: E402
 from perturbprob.experiment.simulate import simulate  # noqa: E402
@@ -61,6 +61,7 @@ __all__ = [
     "predictive_check",
     "prior",
     "simulate",
+    "split",
     "steady_states",
 ]
 

@@ -1,4 +1,8 @@
-"""What a model must beat: negative binomials that know nothing of a cell but its size factor, or that and its condition."""
+"""What a model must beat, on densities and on means.
+
+Densities of cells: negative binomials that know nothing of a cell but its size factor, or that and its condition. Means of
+conditions: the baselines of `perturbprob.studies.mean_baselines`, all of them in ``MEAN_BASELINES``, and the ``noise_floor`` beneath them.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,8 +14,40 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from scipy.special import gammaln, xlogy
 
+from perturbprob.studies.hierarchical_gaussian import hierarchical_gaussian
+from perturbprob.studies.mean_baselines import (
+    MEAN_BASELINES,
+    control_mean,
+    control_offset,
+    denoised_offset,
+    last_time,
+    last_time_drift,
+    linear_ode,
+    low_rank_linear,
+    noise_floor,
+    perturbation_mean,
+    shrunk_offset,
+)
+
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
+
+__all__ = [
+    "MEAN_BASELINES",
+    "condition_negative_binomial",
+    "control_mean",
+    "control_offset",
+    "denoised_offset",
+    "hierarchical_gaussian",
+    "last_time",
+    "last_time_drift",
+    "linear_ode",
+    "low_rank_linear",
+    "negative_binomial",
+    "noise_floor",
+    "perturbation_mean",
+    "shrunk_offset",
+]
 
 
 def negative_binomial(train: "Screen", test: "Screen") -> xr.DataArray:
