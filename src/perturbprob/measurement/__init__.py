@@ -3,5 +3,20 @@
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, CountLaw, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.decoder import Decoder
+from perturbprob.measurement.distances import DISTANCES, Distance, default_blur, energy, moment, sinkhorn
 
-__all__ = ["BatchEffect", "CountHead", "CountLaw", "Decoder", "NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+__all__ = [
+    "DISTANCES",
+    "BatchEffect",
+    "CountHead",
+    "CountLaw",
+    "Decoder",
+    "Distance",
+    "NegativeBinomial",
+    "Poisson",
+    "ZeroInflatedNegativeBinomial",
+    "default_blur",
+    "energy",
+    "moment",
+    "sinkhorn",
+]
