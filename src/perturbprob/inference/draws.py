@@ -59,6 +59,11 @@ def global_draws(model: "CellModel", guide: "Guide | None", n_draws: int, seed: 
 @torch.no_grad()
 def centre(model: "CellModel", guide: "Guide") -> Sites:
     """Return every global site at the centre of its law."""
+    return sites_at(model, guide)
+
+
+def sites_at(model: "CellModel", guide: "Guide") -> Sites:
+    """Return every global site at the centre of its law, with gradients."""
     return _sites(pyro.poutine.condition(model.globals, guide.centre()))
 
 

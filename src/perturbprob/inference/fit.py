@@ -19,6 +19,7 @@ from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.draws import bar
+from perturbprob.inference.objective import PathLoss, check_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
@@ -109,6 +110,8 @@ def fit(
     validation: float = 0.1,
     patience: int = 20,
     warmup: int = 20,
+    objective: str = "elbo",
+    distance: str = "mse",
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
@@ -121,6 +124,9 @@ def fit(
     is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1. ``seed`` fixes the
     start of the guide,
     the order of the cells and all draws; the user's own random state is left alone.
+    ``objective="paths"`` fits no posterior but the deterministic F on the pairs of eq 5, by the ``distance`` between predicted and
+    measured ends: "mse" of pseudobulk rows, or "moment", "energy", "sinkhorn" between sets of cells (eq 23); for screens of
+    continuous values. Its draws are all alike.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     require_screen(screen)
@@ -128,7 +134,8 @@ def fit(
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
     )
-    settings = {"epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
+    check_objective(objective, distance, screen)
+    settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
     with torch.random.fork_rng():
         pyro_state = pyro.util.get_rng_state()
@@ -174,7 +181,8 @@ class _Training:
         if screen.values == "counts":
             self.guide.start(model, screen)
         self.guide.to(model.log_share.device)
-        self.elbo = Trace_ELBO()(model, self.guide)
+        paths = settings["objective"] == "paths"
+        self.elbo = PathLoss(model, self.guide, settings["distance"]) if paths else Trace_ELBO()(model, self.guide)
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}
         self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
 
@@ -201,7 +209,7 @@ class _Training:
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
         for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
             cells = self.table.cells(index, len(self.training), self._warmth())
-            loss = self.elbo(cells) / scale
+            loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
             optimiser.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
@@ -231,6 +239,8 @@ class _Training:
         """Return the held-out cells' negative ELBO given one draw of the globals, per cell and gene; the same noise each time."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
+            if self.settings["objective"] == "paths":
+                return float(self.elbo(self.table.cells(self.held, len(self.held))))
             total = 0.0
             for index in self.held.split(self.settings["minibatch"]):
                 guide = pyro.poutine.trace(self.guide).get_trace(cells := self.table.cells(index, len(index)))
@@ -261,6 +271,8 @@ class _Training:
     def _fit(self) -> Fit:
         """Put the result together."""
         self.elbo.eval().requires_grad_(False)
+        if self.settings["objective"] == "paths":
+            self.guide.sharpen()
         return Fit(
             model=self.model,
             guide=self.guide,

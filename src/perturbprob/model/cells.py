@@ -22,7 +22,7 @@ class Cells:
     """A minibatch of cells as tensors. ``total`` is the size of the plate they stand for, ``index`` their places in it.
 
     ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0.
-    ``standard_error`` is that of each value where values are continuous and it is known. ``warmth`` is the weight of the cells' own
+    ``condition`` is each cell's place in the screen's conditions. ``standard_error`` is that of each value where values are continuous and it is known. ``warmth`` is the weight of the cells' own
     KL term while a training warms up.
     """
 
@@ -34,6 +34,7 @@ class Cells:
     log_size_factor: Float[Tensor, " cell"]
     counts: Float[Tensor, "cell gene"]
     warmth: float = 1.0
+    condition: Int[Tensor, " cell"] | None = None
     standard_error: Float[Tensor, "cell gene"] | None = None
 
     def __len__(self) -> int:
@@ -100,6 +101,7 @@ class CellTable:
             log_size_factor=self.log_size_factor[index].to(device),
             counts=counts.to(device=device, dtype=torch.float32),
             warmth=warmth,
+            condition=condition.to(device),
             standard_error=None if known is None else torch.from_numpy(np.nan_to_num(known[index.numpy()])).to(device),
         )
 

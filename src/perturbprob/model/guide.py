@@ -123,6 +123,13 @@ class Guide(PyroModule):
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())
 
+    @torch.no_grad()
+    def sharpen(self) -> None:
+        """Draw every global site at its centre from now on: the guide of a deterministic fit."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.fill_(-20.0)
+
     def globals(self) -> None:
         """Sample every global site."""
         for name in self.independent:
