@@ -135,7 +135,8 @@ def fit(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
     )
     check_objective(objective, distance, screen)
-    settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch, "learning_rate": learning_rate, "validation": validation}
+    settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch}
+    settings |= {"learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
     with torch.random.fork_rng():
         pyro_state = pyro.util.get_rng_state()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Cells:
     """A minibatch of cells as tensors. ``total`` is the size of the plate they stand for, ``index`` their places in it.
 
-    ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0.
-    ``condition`` is each cell's place in the screen's conditions. ``standard_error`` is that of each value where values are continuous and it is known. ``warmth`` is the weight of the cells' own
-    KL term while a training warms up.
+    ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0. ``condition`` is
+    each cell's place in the screen's conditions. ``standard_error`` is that of each value where values are continuous and it is
+    known. ``warmth`` is the weight of the cells' own KL term while a training warms up.
     """
 
     total: int
