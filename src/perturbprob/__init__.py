@@ -18,6 +18,7 @@ from perturbprob.inference import (  # noqa: E402
     Fit,
     IllConditioned,
     NonFiniteLoss,
+    UndeclaredWarning,
     coherent_draws,
     counterfactual,
     effects,
@@ -28,8 +29,8 @@ from perturbprob.inference import (  # noqa: E402
     predict,
     prior,
 )
-from perturbprob.model import CellModel, node  # noqa: E402
-from perturbprob.studies import baselines, predictive_check, steady_states  # noqa: E402
+from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
+from perturbprob.studies import baselines, predictive_check, sensitivity, steady_states  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,11 +41,16 @@ __all__ = [
     "IllConditioned",
     "Interference",
     "Knockout",
+    "Lipschitz",
     "Media",
     "NonFiniteLoss",
     "Protocol",
     "Screen",
     "ScreenWarning",
+    "SilentInBaseline",
+    "SteadyState",
+    "UndeclaredWarning",
+    "UneditedStable",
     "Wait",
     "baselines",
     "coherent_draws",
@@ -60,6 +66,7 @@ __all__ = [
     "predict",
     "predictive_check",
     "prior",
+    "sensitivity",
     "simulate",
     "split",
     "steady_states",

@@ -32,6 +32,27 @@ class Push(nn.Module):
 
 
 @final
+class Stable(nn.Module):
+    """A field whose push without marks is 0 by construction: unedited cells in baseline media stay where they are (2.3.1)."""
+
+    def __init__(self, field: nn.Module) -> None:
+        """Keep the field that moves marked cells."""
+        super().__init__()
+        self.field = field
+
+    def forward(
+        self,
+        z: Float[Tensor, "*plate cell latent"],
+        perturbation: Float[Tensor, "*plate cell latent"],
+        media: Float[Tensor, "*plate cell latent"],
+        clock: Float[Tensor, "*plate cell 1"],
+    ) -> Float[Tensor, "*plate cell latent"]:
+        """Return the push beyond that on unmarked cells."""
+        none = torch.zeros_like(perturbation)
+        return self.field(z, perturbation, media, clock) - self.field(z, none, none, clock)
+
+
+@final
 class NeuralODE(Transition):
     """Waiting moves the deviation δ of a cell from its rest: dδ/ds = push(z₀ + δ, marks, clock) − γ⊙δ, γ > 0 (eq 25).
 

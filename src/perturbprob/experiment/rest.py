@@ -215,17 +215,44 @@ def probability_of_rest(course: Course, change: float) -> Float64[np.ndarray, "p
     >>> bool(probability_of_rest(course, 0.05)[course.perturbations.index("POU5F1"), 2] < 0.01)
     True
     """
-    values, weight = _log_values(course), drift_weights(course)
-    change_of, noise = _changes(course, values)
-    residual = beyond_drift(change_of, weight)
-    moved = np.where(weight > 0, 1 / np.where(weight > 0, weight, 1) - noise.mean(axis=-1), 0.0)
-    noise = noise + _drift_variance(noise + moved[..., None], weight)
-    share = _effective_genes(course, values) / residual.shape[-1]
+    residual, noise, share = _beyond_noise(course)
     wait = np.diff(course.times)[:, None]
     quantile = (np.arange(_GRID) + 0.5) / _GRID
     log = share * np.stack([_log_density(residual, noise + (t * wait) ** 2) for t in change * np.tan(np.pi / 2 * quantile)])
     weight = np.exp(log - log.max(axis=0))
     return np.where(np.isnan(residual).all(axis=-1), np.nan, weight[quantile < 0.5].sum(axis=0) / weight.sum(axis=0))
+
+
+def movement(course: Course, *, drift: bool = False) -> Float64[np.ndarray, "part perturbation step"]:
+    """Return how far each perturbation moves beyond noise: a mean square, its standard error, and that error if nothing moved.
+
+    The mean over genes of r² − s² per unit of time squared, r and its known variance s² as in `probability_of_rest`; with ``drift`` the
+    drift that all share is left in. Genes count for G_eff.
+
+    >>> from perturbprob.experiment import datasets
+    >>> course = Course.of(datasets.ishikawa2023())
+    >>> square, error, null = movement(course)[:, course.perturbations.index("POU5F1"), 2]
+    >>> bool(square > 5 * null)
+    True
+    """
+    residual, noise, share = _beyond_noise(course, drift=drift)
+    genes, unit = residual.shape[-1] * share, np.diff(course.times) ** 2
+    square = (residual**2 - noise).mean(axis=-1)
+    spread = [np.sqrt(2 * ((noise + extra[..., None]) ** 2).mean(axis=-1) / genes) for extra in (square.clip(0), np.zeros_like(square))]
+    return np.stack([square, *spread]) / unit
+
+
+def _beyond_noise(course: Course, *, drift: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return each step beyond the shared drift, its known sampling variance, and the share of genes that count."""
+    values, weight = _log_values(course), drift_weights(course)
+    change_of, noise = _changes(course, values)
+    if drift:
+        return change_of, noise, _effective_genes(course, values) / change_of.shape[-1]
+    residual = beyond_drift(change_of, weight)
+    moved = np.where(weight > 0, 1 / np.where(weight > 0, weight, 1) - noise.mean(axis=-1), 0.0)
+    noise = noise + _drift_variance(noise + moved[..., None], weight)
+    share = _effective_genes(course, values) / residual.shape[-1]
+    return residual, noise, share
 
 
 def _level(

@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 from perturbprob.experiment import reading
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.continuous import read_standard_errors, read_values
+from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.raw_counts import read_counts
 from perturbprob.experiment.vocabulary import nearest
 
@@ -241,6 +242,36 @@ class Screen:
             what = "perturbation" if isinstance(condition, str) else "condition"
             raise ValueError(f"No cell of this screen has the {what} {str(condition)!r}. {nearest(str(condition), known)}")
         return np.flatnonzero(np.array(wanted)[self.condition])
+
+    def pseudobulk(self, *, normalise: bool = False) -> Self:
+        """Return the means of log(1 + count) as a screen of continuous values: one row for each condition in each batch.
+
+        ``standard_error`` is that of the mean over cells, NaN for a single cell. With ``normalise`` counts are divided by size factors.
+
+        >>> from perturbprob.experiment import datasets
+        >>> datasets.ishikawa2023().pseudobulk().counts.shape
+        (96, 103)
+        """
+        if self.values == "continuous":
+            raise ValueError("This screen holds continuous values; pseudobulk() takes means of counts.")
+        parts = [(b, pseudobulk(self[self.batch == b], normalise=normalise)) for b in range(len(self.batches))]
+        number = {str(protocol): k for k, protocol in enumerate(self.conditions)}
+        means = np.concatenate([part["mean"].values for _, part in parts]).astype(np.float32)
+        error = np.concatenate([np.sqrt((part["variance"] / part["n_cells"]).values) for _, part in parts]).astype(np.float32)
+        names = [f"{c} in {self.batches[b]}" for b, part in parts for c in part["condition"].values]
+        return replace(
+            self,
+            counts=csr_array(means),
+            standard_error=error,
+            values="continuous",
+            cells=_text(names),
+            condition=np.array([number[c] for _, part in parts for c in part["condition"].values], dtype=np.int64),
+            batch=np.repeat(np.arange(len(parts)), [part.sizes["condition"] for _, part in parts]).astype(np.int64),
+            size_factor=np.ones(len(names)),
+            depth=1.0,
+            sgrna=None,
+            columns={},
+        )
 
     def summary(self) -> pd.DataFrame:
         """Return the number of cells per condition (rows: perturbation, media, time) and batch (columns)."""

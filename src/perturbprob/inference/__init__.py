@@ -6,7 +6,7 @@ from perturbprob.inference.draws import coherent_draws
 from perturbprob.inference.effects import effects
 from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
 from perturbprob.inference.posterior import posterior, prior
-from perturbprob.inference.predict import AliasedWarning, predict
+from perturbprob.inference.predict import AliasedWarning, UndeclaredWarning, predict
 from perturbprob.inference.storage import load
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Fit",
     "IllConditioned",
     "NonFiniteLoss",
+    "UndeclaredWarning",
     "coherent_draws",
     "counterfactual",
     "effects",

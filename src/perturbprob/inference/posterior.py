@@ -31,6 +31,8 @@ DIMS: dict[str, tuple[str, ...]] = {
     "condition_local_scale": ("term", "gene"),
     "condition_memory": (),
     "condition_effect": ("node", "gene"),
+    "noise": ("gene",),
+    "steady_state_excess": ("steady_state",),
 }
 """The dimensions of every global site of a `CellModel`; its name is also its name in ArviZ."""
 
@@ -103,5 +105,6 @@ def coordinates(model: "CellModel") -> dict[str, Any]:
         "term": [" & ".join(t) for t in effect.terms],
         "node": [f"{' & '.join(n.term)} at {n.time * names.time_scale:g}" for n in effect.nodes],
         "node_term": ("node", [" & ".join(n.term) for n in effect.nodes]),
+        "steady_state": [str(p) for bound in model.assumptions if bound.name == "steady_state" for p in bound.protocols],
         "node_time": ("node", [round(n.time * names.time_scale, 9) for n in effect.nodes], unit),
     }

@@ -71,6 +71,7 @@ def predict(
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     if None in batches:
         _say_aliased(fit)
+    _say_untested(fit)
     n_values = 3 * n_draws * len(protocols) * len(fit.model.vocabulary.genes)
     warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
     values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed, progress=progress)))
@@ -126,6 +127,25 @@ def _say_aliased(fit: "Fit") -> None:
             AliasedWarning,
             stacklevel=3,
         )
+
+
+class UndeclaredWarning(UserWarning):
+    """A prediction rests on an assumption that was not declared and that the screen cannot test."""
+
+
+def _say_untested(fit: "Fit") -> None:
+    """Say that unedited cells may move, where nothing shows whether they do and nobody has declared that they do not (2.3.1)."""
+    waits = {Protocol.parse(text).time for text in fit.trained_on["conditions"]}
+    confounded = any({"time", "batch"} == set(pair) for pair in fit.trained_on["confounded"])
+    if (len(waits) > 1 and not confounded) or any(bound.name == "unedited_stable" for bound in fit.model.assumptions):
+        return
+    why = "there is one time only" if len(waits) == 1 else "each time is one batch"
+    warnings.warn(
+        f"Whether unedited cells move by themselves cannot be told from this screen ({why}), and nothing is declared: part of what is "
+        "predicted may be such a drift. If they are stable, say so: node(screen, assumptions=[UneditedStable()]).",
+        UndeclaredWarning,
+        stacklevel=3,
+    )
 
 
 def _draws(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.fit import Fit
+from perturbprob.model.assumptions import Bound
 from perturbprob.model.condition_effect import Node
 from perturbprob.model.guide import Guide
 from perturbprob.model.structures import fill
@@ -114,6 +115,7 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
         "log_share": state["log_share"],
         "log_depth": float(state["log_depth"]),
         "start": state.get("start"),
+        "assumptions": [Bound.from_json(values) for values in facts["recipe"].get("assumptions", [])],
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a screen of one batch means was said when the model was made

@@ -1,7 +1,7 @@
 """The generative story of a screen: η, P, M, W, V, in that order."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import pyro
 import pyro.distributions as dist
@@ -21,6 +21,9 @@ from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect
 
+if TYPE_CHECKING:
+    from perturbprob.model.assumptions import Bound
+
 
 @final
 class CellModel(PyroModule):
@@ -30,7 +33,8 @@ class CellModel(PyroModule):
     ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
     ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
-    rest state where it is known, as in gene space, instead of z₀ ~ Normal(0, I). ``recipe`` is how `load` builds the model again.
+    rest state where it is known, as in gene space, instead of z₀ ~ Normal(0, I). ``assumptions`` are those
+    declared, each with a term of its own. ``recipe`` is how `load` builds the model again.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class CellModel(PyroModule):
         log_share: Float[Tensor, " gene"],
         log_depth: float,
         start: Float[Tensor, " latent"] | None = None,
+        assumptions: Sequence["Bound"] = (),
         recipe: dict[str, Any] | None = None,
     ) -> None:
         """Fill the slots."""
@@ -55,6 +60,13 @@ class CellModel(PyroModule):
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
         self.batch_effect, self.condition_effect = batch_effect, condition_effect
         self.n_latent, self.n_hidden = n_latent, n_hidden
+        self.assumptions = tuple(assumptions)
+        for bound in self.assumptions:
+            if bound.assumption.needs_semigroup and not transition.semigroup:
+                raise ValueError(
+                    f"{type(bound.assumption).__name__} needs W(s) then W(t) to be W(s + t), and {type(transition).__name__} "
+                    "does not promise that: waiting on from a state is not defined there. Leave it out, or use node."
+                )
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
         self.register_buffer("start", start)
@@ -62,6 +74,8 @@ class CellModel(PyroModule):
     def forward(self, cells: Cells) -> None:
         """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
         sites = self.globals()
+        for bound in self.assumptions:
+            pyro.factor(bound.name, bound.term(self, sites))  # above the plate: once per screen, not once per cell
         with pyro.plate("cell", cells.total, subsample=cells.index):
             with pyro.poutine.scale(scale=cells.warmth):
                 z = pyro.sample("z", self.at_rest(len(cells)))  # X, a cell at rest
@@ -75,7 +89,8 @@ class CellModel(PyroModule):
         bias = torch.zeros_like(self.log_share)
         if self.start is None:  # a known start is a known bias
             bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
-        return {"batch_effect": eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement}
+        own = {name: value for bound in self.assumptions for name, value in bound.globals().items()}
+        return {"batch_effect": eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement, **own}
 
     def effects(self) -> dict[str, Tensor]:
         """Sample what each perturbation and media adds to the push, with a scale per perturbation."""

@@ -1,6 +1,6 @@
 """Structures: named fillings of `CellModel`'s slots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perturbprob.dynamics.neural_ode import NeuralODE
+from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
 from perturbprob.dynamics.solve import Solver
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
@@ -18,6 +18,7 @@ from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.decoder import Decoder, Identity
 from perturbprob.measurement.normal import Normal
+from perturbprob.model.assumptions import Assumption, Bound, UneditedStable, bind
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.condition_effect import ConditionEffect, nodes
 
@@ -35,6 +36,7 @@ def node(
     screen: Screen,
     n_latent: int = 10,
     *,
+    assumptions: Sequence[Assumption] = (),
     measurement: str | None = None,
     n_hidden: int = 128,
     field: nn.Module | None = None,
@@ -44,7 +46,8 @@ def node(
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
 
     ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
-    "zero_inflated_negative_binomial" (default), "negative_binomial", "poisson". ``field`` is any module
+    "zero_inflated_negative_binomial" (default), "negative_binomial", "poisson". ``assumptions`` are objects such as
+    `SteadyState`; each adds its term to the fit. ``field`` is any module
     ``field(z, perturbation, media, clock)`` that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq;
     ``seed`` starts the networks. The screen gives names and the share of each gene in all counts; nothing of it is kept.
 
@@ -57,7 +60,7 @@ def node(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
     measurement = _measurement(screen, measurement)
-    facts = _facts(screen)
+    facts = _facts(screen) | {"assumptions": bind(assumptions, screen)}
     n_latent = n_latent if facts["start"] is None else screen.n_genes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -104,9 +107,11 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
     """Fill the slots from the facts of a screen and the arguments of `node`."""
     vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
     n_genes, start = len(vocabulary.genes), facts["start"]
+    bound: list[Bound] = facts["assumptions"]
+    moving = Stable(field or Push(n_latent)) if any(isinstance(b.assumption, UneditedStable) for b in bound) else field
     return CellModel(
         vocabulary,
-        NeuralODE(n_latent, field=field, solver=Solver(arguments["solver"])),
+        NeuralODE(n_latent, field=moving, solver=Solver(arguments["solver"])),
         Decoder(n_latent, n_genes, n_hidden=n_hidden) if start is None else Identity(),
         HEADS[arguments["measurement"]](n_genes),
         BatchEffect(len(vocabulary.batches), facts["log_share"].exp()),
@@ -116,5 +121,11 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
         log_share=facts["log_share"],
         log_depth=facts["log_depth"],
         start=start,
-        recipe={"structure": "node", "arguments": arguments, "field": None if field is None else type(field).__qualname__},
+        assumptions=bound,
+        recipe={
+            "structure": "node",
+            "arguments": arguments,
+            "assumptions": [b.to_json() for b in bound],
+            "field": None if field is None else type(field).__qualname__,
+        },
     )

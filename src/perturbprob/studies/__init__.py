@@ -2,6 +2,7 @@
 
 from perturbprob.studies import baselines
 from perturbprob.studies.predictive_check import predictive_check
+from perturbprob.studies.sensitivity import sensitivity
 from perturbprob.studies.steady_state import steady_states
 
-__all__ = ["baselines", "predictive_check", "steady_states"]
+__all__ = ["baselines", "predictive_check", "sensitivity", "steady_states"]

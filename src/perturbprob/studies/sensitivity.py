@@ -1,0 +1,107 @@
+"""What a fit owes to its assumptions: refit without each, and see what moves."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from perturbprob.experiment.screen import require_screen
+from perturbprob.inference.fit import fit as refit
+from perturbprob.inference.predict import predict
+from perturbprob.model.structures import node
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.inference.fit import Fit
+
+_TRAINING = ("epochs", "minibatch", "learning_rate", "validation", "patience", "warmup", "objective", "distance")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What moves without each assumption.
+
+    ``table`` is a Dataset over (assumption, condition): ``change``, the root-mean-square change over genes of the log of the predicted
+    mean (of continuous values, of the value); ``in_deviations``, the same in posterior standard deviations of the full fit; ``gene``, the
+    one that moves most; and over (assumption,) ``validation``, by how much the loss of the validation cells rises without it.
+    """
+
+    table: xr.Dataset
+
+    def report(self) -> str:
+        """Say it in words."""
+        return "\n".join(self._line(str(name)) for name in self.table["assumption"].values)
+
+    def _line(self, name: str) -> str:
+        """Say what one assumption does."""
+        part = self.table.sel(assumption=name)
+        worst = part.isel(condition=int(part["in_deviations"].values.argmax()))
+        return (
+            f"without {name}: predictions move by {float(part['in_deviations'].mean()):.2f} posterior deviations, most in "
+            f"{worst['condition'].item()} ({float(worst['in_deviations']):.2f}, {worst['gene'].item()}); "
+            f"validation loss {float(part['validation']):+.5f} per cell and gene."
+        )
+
+    def __repr__(self) -> str:
+        """Return the report."""
+        return self.report()
+
+
+def sensitivity(fit: "Fit", screen: "Screen", *, n_draws: int = 50, seed: int = 0, progress: bool = True) -> Sensitivity:
+    """Refit without each assumption of a fit, on the screen it was trained on, and say what moved.
+
+    Settings, seed and all other assumptions stay. Raises ValueError for a fit without assumptions, or with a field of the user's own,
+    which cannot be started afresh.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, times=(1.0, 2.0), seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, 2, assumptions=[pb.UneditedStable()]), screen, epochs=2, progress=False)
+    >>> pb.sensitivity(fit, screen, n_draws=4, progress=False).table.sizes["assumption"]
+    1
+    """
+    require_screen(screen)
+    assumptions = [bound.assumption for bound in fit.model.assumptions]
+    if not assumptions:
+        raise ValueError("This fit declares no assumption, so there is none to leave out. Give them to node(screen, assumptions=[...]).")
+    if fit.model.recipe["field"] is not None:
+        raise ValueError("This fit has a field of your own, which cannot be started afresh. Refit without the assumption by hand.")
+    if list(map(str, screen.cells)) != fit.trained_on["cells"]:
+        raise ValueError("sensitivity refits, so it needs the screen that the fit was trained on; these are other cells.")
+    here, spread = _answers(fit, n_draws, seed)
+    rows = []
+    for left_out in assumptions:
+        others = [a for a in assumptions if a is not left_out]
+        model = node(screen, assumptions=others, seed=seed, **fit.model.recipe["arguments"])
+        again = refit(model, screen, seed=fit.seed, progress=progress, **{name: fit.settings[name] for name in _TRAINING})
+        rows.append(_row(here, spread, _answers(again, n_draws, seed)[0], _validation(again) - _validation(fit)))
+    names = pd.Index([type(a).__name__ for a in assumptions], name="assumption")
+    return Sensitivity(xr.concat(rows, names))
+
+
+def _answers(fit: "Fit", n_draws: int, seed: int) -> tuple[xr.DataArray, xr.DataArray]:
+    """Return the predicted level of every fitted condition, and about its posterior deviation."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both sides of the difference are at η = 0
+        answer = predict(fit, n_draws=n_draws, seed=seed, progress=False)
+    if fit.model.start is None:
+        answer = answer.assign({name: np.log(answer[name]) for name in ("mean", "lower", "upper")})
+    return answer["mean"], (answer["upper"] - answer["lower"]) / (2 * 1.645)
+
+
+def _row(here: xr.DataArray, spread: xr.DataArray, there: xr.DataArray, validation: float) -> xr.Dataset:
+    """Return how far the predictions moved."""
+    change = there - here
+    scaled = change / np.maximum(spread, 1e-9)
+    data: dict[str, Any] = {"change": np.sqrt((change**2).mean("gene")), "in_deviations": np.sqrt((scaled**2).mean("gene"))}
+    most = here["gene"].values[np.abs(change.values).argmax(axis=1)]
+    return xr.Dataset(data).assign(gene=("condition", most), validation=validation)
+
+
+def _validation(fit: "Fit") -> float:
+    """Return the loss that was followed, at the epoch that was kept."""
+    return (fit.losses["validation"] or fit.losses["train"])[fit.settings["best_epoch"]]
