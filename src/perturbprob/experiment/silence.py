@@ -99,4 +99,4 @@ def _pair(screen: "Screen", name: str, media: str, cells: Float[np.ndarray, " ro
 
 def _log_ratio(counts: Float[np.ndarray, "*draw media"]) -> Float[np.ndarray, "*draw"]:
     """Return the log of other over baseline, half a gene added to both."""
-    return np.log((counts[..., 0] + 0.5) / (counts[..., 1] + 0.5))
+    return np.asarray(np.log((counts[..., 0] + 0.5) / (counts[..., 1] + 0.5)))

@@ -417,7 +417,9 @@ def _last_times(screen: "Screen", name: str) -> list[Protocol]:
         raise ValueError(
             f"SteadyState names {name!r}, which is no perturbation of this screen. {nearest(name, ('control', *screen.perturbations))}"
         )
-    return [max((p for p in own if p.media == media), key=lambda p: p.time) for media in sorted({p.media for p in own}, key=str)]
+    return [
+        max((p for p in own if p.media == media), key=lambda p: p.time) for media in sorted({p.media for p in own}, key=lambda m: m or "")
+    ]
 
 
 def _refuse_held_out(screen: "Screen", protocols: Sequence[Protocol]) -> None:
@@ -438,7 +440,10 @@ def _probability_of_rest(screen: "Screen", protocols: Sequence[Protocol]) -> lis
         return [1.0] * len(protocols)
     found = {}
     for media in screen.media:
-        course = rest.Course.of(screen, media)
+        try:
+            course = rest.Course.of(screen, media)
+        except ValueError:  # too few control cells to know the noise by: nothing speaks against rest
+            continue
         probability = rest.probability_of_rest(course, 0.05)
         for name, row in zip(course.perturbations, probability, strict=True):
             seen = row[np.isfinite(row)]

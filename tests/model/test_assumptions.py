@@ -1,0 +1,288 @@
+"""Assumptions: each adds its term once, counts its pairs, tests itself, and refuses what it cannot mean."""
+
+import anndata
+import numpy as np
+import pyro
+import pytest
+import torch
+
+import perturbprob as pb
+from perturbprob.dynamics.neural_ode import Stable
+from perturbprob.inference.draws import centre
+from perturbprob.model.assumptions import Bound, bind
+from perturbprob.model.cells import CellTable
+from perturbprob.model.guide import Guide, node_batch
+
+ALL = (pb.UneditedStable(), pb.SteadyState(), pb.SilentInBaseline(), pb.Lipschitz())
+
+
+@pytest.fixture(scope="module")
+def screen() -> pb.Screen:
+    """Three knock-outs, three media, three times."""
+    return pb.simulate(
+        n_cells=720, n_genes=8, n_perturbations=3, media=("rest", "BMP4", "TGFB1"), times=(1.0, 2.0, 3.0), n_batches=2, seed=2
+    ).screen
+
+
+def make(screen: pb.Screen, *assumptions: object, **how: object) -> tuple:
+    """A model with assumptions, its global sites at their centre, and the terms."""
+    model = pb.node(screen, 2, n_hidden=8, assumptions=assumptions, **how)
+    with torch.no_grad():
+        model.transition.field.get_parameter(
+            "field.network.2.weight" if any(isinstance(a, pb.UneditedStable) for a in assumptions) else "network.2.weight"
+        ).normal_()
+    sites = centre(model, Guide(model, node_batch(model, screen)))
+    sites["perturbation_effect"] = torch.randn_like(sites["perturbation_effect"])
+    return model, sites
+
+
+# Accounting.
+
+
+def test_pairs_match_a_count_by_hand(screen):
+    """Three perturbations and two media beside the baseline: 12 pairs of eq 5; 12 steady states; 3 × 2 of silence; 1 identity."""
+    assert len(screen.layout.paths()) == 12
+    assert {type(a).__name__: len(a.pairs(screen)) for a in ALL} == {
+        "UneditedStable": 1, "SteadyState": 12, "SilentInBaseline": 6, "Lipschitz": 0,
+    }  # fmt: skip
+    extra = [pair for a in ALL for pair in a.pairs(screen)]
+    table = screen.layout.paths(extra)
+    assert len(table) == 12 + 19
+    assert table.source.value_counts().to_dict() == {"eq 5": 12, "SteadyState": 12, "SilentInBaseline": 6, "UneditedStable": 1}
+    assert table.observed.all()
+
+
+def test_pairs_say_what_is_done(screen):
+    gene = screen.perturbations[0]
+    own, taken_off = (pb.SteadyState([gene], reading=r).pairs(screen)[0] for r in ("own", "control_input"))
+    assert (own.start, own.done, own.end) == (f"X[t; {gene}]", f"({gene}, ·, s)", f"X[t; {gene}]")
+    assert taken_off.done == "(·, ·, s)"
+    silent = pb.SilentInBaseline([gene]).pairs(screen)[0]
+    assert (silent.start, silent.done, silent.end) == (f"X[t; {gene}]", "(·, BMP4, t)", f"X[BMP4, t; {gene}]")
+
+
+# Terms.
+
+
+def test_a_term_counts_once_whatever_the_minibatch(screen):
+    model = pb.node(screen, 2, n_hidden=8, assumptions=[pb.SilentInBaseline()])
+    table = CellTable(model, screen)
+    for size in (1, 50, 720):
+        torch.manual_seed(0)
+        trace = pyro.poutine.trace(model).get_trace(table.cells(torch.arange(size), screen.n_cells))
+        site = trace.nodes["silent_in_baseline"]
+        expected = model.assumptions[0].term(model, {k: v["value"] for k, v in trace.nodes.items() if v["type"] == "sample"})
+        torch.testing.assert_close(site["fn"].log_prob(site["value"]), expected)
+
+
+def test_unmarked_cells_do_not_move_where_they_are_declared_stable(screen):
+    for assumptions, moves in (((pb.UneditedStable(),), False), ((), True)):
+        model, sites = make(screen, *assumptions)
+        z0 = torch.randn(4, 2)
+        end = model.moved(sites, z0, model.vocabulary.encode([pb.Protocol([pb.Wait(3)])] * 4))
+        assert bool((end.delta.abs() > 1e-4).any()) == moves
+    edited = model.moved(sites, z0, model.vocabulary.encode([next(p for p in screen.conditions if p.perturbations)] * 4))
+    assert (edited.delta.abs() > 1e-4).any()
+
+
+def test_a_steady_state_is_most_probable_where_nothing_moves(screen):
+    for reading in ("own", "control_input"):
+        model, sites = make(screen, pb.SteadyState(reading=reading))
+        bound, moving = model.assumptions[0], float(model.assumptions[0].term(model, sites).detach())
+        with torch.no_grad():
+            for parameter in model.transition.field.parameters():
+                parameter.zero_()
+        sites = sites | {name: torch.zeros_like(sites[name]) for name in ("perturbation_effect", "media_effect")}
+        still = float(bound.term(model, sites).detach())
+        noise, weight = torch.as_tensor(bound.noise), torch.tensor(bound.weight)
+        best = (weight[:, None] * torch.distributions.Normal(0.0, noise).log_prob(torch.zeros_like(noise))).sum()
+        assert still == pytest.approx(float(best), rel=1e-4)
+        assert moving < still
+
+
+def test_what_all_share_does_not_count_relative_to_control(screen):
+    model, sites = make(screen, pb.SteadyState(relative_to_control=True))
+    sites = sites | {name: torch.zeros_like(sites[name]) for name in ("perturbation_effect",)}
+    bound = model.assumptions[0]
+    change = bound.assumption._change(model, sites, bound.protocols)
+    control = bound.assumption._change(model, sites, [p.unperturbed() for p in bound.protocols])
+    torch.testing.assert_close(change, control)
+    assert change.abs().max() > 1e-3
+
+
+def test_a_learnt_scale_never_falls_below_the_noise_so_the_objective_is_bounded(screen):
+    model, sites = make(screen, pb.SteadyState(scale="learnt"))
+    bound = model.assumptions[0]
+    values = []
+    for size in (0.0, 1e-6, 1.0, 10.0):
+        excess = {"steady_state_excess": torch.full((len(bound.protocols),), size)}
+        values.append(float(bound.term(model, sites | excess).detach()))
+    fixed, fixed_sites = make(screen, pb.SteadyState())
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    noise, weight = torch.as_tensor(bound.noise), torch.tensor(bound.weight)
+    ceiling = float((weight[:, None] * torch.distributions.Normal(0.0, noise).log_prob(torch.zeros_like(noise))).sum())
+    assert max(values) <= ceiling + 1e-3
+    assert fixed.assumptions[0].term(fixed, fixed_sites) <= ceiling + 1e-3
+
+
+def test_the_lipschitz_constant_of_a_fit_is_that_of_its_jacobian(screen):
+    model, sites = make(screen)
+    protocol, z0 = screen.conditions[-1], torch.randn(3, 2)
+    constant = pb.Lipschitz().constant(model, sites, z0, protocol)
+    segments = model.vocabulary.encode([protocol])
+    slopes = [torch.autograd.functional.jacobian(lambda z: model.moved(sites, z[None], segments).z[0], z) for z in z0]
+    assert constant == pytest.approx(max(float(torch.linalg.matrix_norm(s, 2)) for s in slopes), rel=1e-3)
+    step = pb.Lipschitz(bound=constant * 2).bind(screen)
+    assert float(step.term(model, sites).detach()) <= 0
+    assert float(pb.Lipschitz(bound=1e3).bind(screen).term(model, sites).detach()) == 0
+    assert float(pb.Lipschitz().bind(screen).term(model, sites).detach()) < 0
+
+
+@pytest.mark.parametrize("assumption", [*ALL, pb.SteadyState(scale="learnt", reading="control_input"), pb.Lipschitz(of="gradient")])
+def test_each_enters_the_fit_and_survives_saving(screen, assumption, tmp_path):
+    small = screen[::6]
+    fit = pb.fit(pb.node(small, 2, n_hidden=8, assumptions=[assumption]), small, epochs=2, warmup=1, progress=False)
+    assert np.isfinite(fit.losses["train"]).all()
+    fit.save(tmp_path / "fit")
+    again = pb.load(tmp_path / "fit")
+    assert [b.assumption for b in again.model.assumptions] == [assumption]
+    first, second = (pb.predict(f, n_draws=2, batch="average", progress=False)["mean"] for f in (fit, again))
+    assert first.identical(second)
+    assert pb.posterior(again, n_draws=2).posterior.sizes["draw"] == 2
+
+
+def test_declared_stable_cells_wrap_any_field(screen):
+    model = pb.node(screen, 2, assumptions=[pb.UneditedStable()])
+    assert isinstance(model.transition.field, Stable)
+    assert pb.node(screen, 2).transition.field.__class__.__name__ == "Push"
+
+
+# Tests of assumptions.
+
+
+def test_control_cells_that_drift_are_found_and_those_that_do_not_are_not():
+    still = pb.simulate(n_cells=1500, n_genes=20, n_perturbations=2, times=(1.0, 2.0), n_batches=2, seed=4)
+    found = pb.UneditedStable().test(still.screen)
+    assert found.testable
+    assert found.interval[0] <= 0.03
+    assert found.effect < 2 * found.smallest
+    control = still.adata[still.adata.obs.perturbation == "control"].copy()
+    late = (control.obs.time == 2.0).to_numpy()
+    moved = control.X.toarray()
+    moved[late, :5] *= 3
+    control.X = moved
+    other = still.adata[still.adata.obs.perturbation != "control"].copy()
+    other.X = other.X.toarray()
+    drifting = pb.Screen.from_anndata(anndata.concat([control, other]), time="time", batch="batch")
+    found = pb.UneditedStable().test(drifting)
+    assert found.interval[0] > found.smallest
+    assert found.power > 0.99
+
+
+def test_where_each_time_is_one_batch_it_is_said_that_nothing_can_be_tested():
+    screen = pb.datasets.ishikawa2023()
+    for assumption in (pb.UneditedStable(), pb.SteadyState(["control", "NANOG"])):
+        found = assumption.test(screen)
+        assert not found.testable
+        assert "each time is one batch" in repr(found)
+    assert pb.SteadyState(["POU5F1"]).test(screen).effect > 3 * pb.SteadyState(["NANOG"]).test(screen).effect
+
+
+def test_silence_is_tested_at_matched_cell_numbers():
+    """Effects in the other media only: many more changed genes there; the same in both: a ratio near 1."""
+    rng = np.random.default_rng(0)
+    rows, labels = [], []
+    for p in ("control", "A", "B", "C", "D"):
+        for m in ("rest", "BMP4"):
+            n = 300 if m == "rest" else 80
+            rate = np.full(60, 5.0)
+            if p != "control" and m == "BMP4":
+                rate[rng.choice(60, 12, replace=False)] *= 3
+            rows.append(rng.poisson(rate, (n, 60)))
+            labels += [(p, m)] * n
+    adata = anndata.AnnData(
+        np.concatenate(rows).astype(float), obs={"perturbation": [p for p, _ in labels], "media": [m for _, m in labels]}
+    )
+    with pytest.warns(pb.ScreenWarning):
+        screen = pb.Screen.from_anndata(
+            adata, perturbation_type="knockout", media="media", baseline="rest", size_factor=np.ones(len(adata))
+        )
+    found = pb.SilentInBaseline().test(screen)
+    assert found.interval[0] > 2
+    assert found.power > 0.9
+
+
+def test_nothing_to_compare_with_is_said():
+    screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    assert "one time only" in repr(pb.SteadyState().test(screen))
+    assert "both in baseline and in other media" in repr(pb.SilentInBaseline().test(screen))
+    assert "no screen shows how two neighbours part" in repr(pb.Lipschitz().test(screen))
+
+
+# Misuse.
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: pb.SteadyState(wait=0), "needs a wait above 0.*got 0"),
+        (lambda: pb.SteadyState(wait=-1.0), "needs a wait above 0"),
+        (lambda: pb.SteadyState(reading="both"), "Unknown reading 'both' of eq 9"),
+        (lambda: pb.SteadyState(scale="free"), "Unknown scale 'free'"),
+        (lambda: pb.Lipschitz(of="field"), "use 'map' or 'gradient'"),
+        (lambda: pb.Lipschitz(bound=-1.0), "use a number above 0, or 'penalty'"),
+        (lambda: pb.Lipschitz(weight=0.0), "needs a weight above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_when_it_is_made(make_it, message):
+    with pytest.raises(ValueError, match=message):
+        make_it()
+
+
+def test_unknown_conditions_are_refused_with_the_nearest(screen):
+    gene = screen.perturbations[0]
+    with pytest.raises(ValueError, match=rf"names '{gene}x', which is no perturbation of this screen. Did you mean '{gene}'"):
+        pb.node(screen, 2, assumptions=[pb.SteadyState([f"{gene}x"])])
+    with pytest.raises(ValueError, match="SilentInBaseline names 'nobody'"):
+        pb.node(screen, 2, assumptions=[pb.SilentInBaseline("nobody")])
+    with pytest.raises(ValueError, match="which this screen does not hold"):
+        pb.node(screen, 2, assumptions=[pb.SteadyState([pb.Knockout(gene) >> pb.Wait(99)])])
+
+
+def test_a_steady_state_may_not_give_held_out_times_away():
+    train, _ = pb.split.hold_out_time(pb.datasets.ishikawa2023(), 5, ["POU5F1"])
+    with pytest.raises(ValueError, match=r"POU5F1, last seen at 4 while others are seen at 5: .* leaks the answer"):
+        pb.node(train, assumptions=[pb.SteadyState(["POU5F1"])])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_assumption_and_one_twice(screen):
+    with pytest.raises(TypeError, match="An assumption is one of UneditedStable"):
+        bind(["SteadyState"], screen)
+    with pytest.raises(ValueError, match="SteadyState is given twice"):
+        bind([pb.SteadyState(), pb.SteadyState(wait=2.0)], screen)
+
+
+def test_a_structure_without_the_semigroup_law_refuses_steady_states(screen, monkeypatch):
+    from perturbprob.dynamics import NeuralODE
+
+    monkeypatch.setattr(NeuralODE, "semigroup", False)
+    with pytest.raises(ValueError, match=r"SteadyState needs W\(s\) then W\(t\) to be W\(s \+ t\), and NeuralODE does not promise that"):
+        pb.node(screen, 2, assumptions=[pb.SteadyState()])
+    pb.node(screen, 2, assumptions=[pb.UneditedStable()])
+
+
+def test_a_bound_assumption_is_read_back_from_json(screen):
+    for bound in bind(ALL, screen):
+        again = Bound.from_json(bound.to_json())
+        assert (again.assumption, again.protocols, again.weight) == (bound.assumption, bound.protocols, bound.weight)
+        assert (bound.noise is None) == (again.noise is None)
+
+
+def test_predict_warns_where_stability_is_neither_declared_nor_testable():
+    screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    short = {"epochs": 1, "progress": False}
+    with pytest.warns(pb.UndeclaredWarning, match="there is one time only"):
+        pb.predict(pb.fit(pb.node(screen, 2), screen, **short), n_draws=2, batch="average", progress=False)
+    declared = pb.fit(pb.node(screen, 2, assumptions=[pb.UneditedStable()]), screen, **short)
+    pb.predict(declared, n_draws=2, batch="average", progress=False)
