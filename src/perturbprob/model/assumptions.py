@@ -366,6 +366,7 @@ class Lipschitz(Assumption):
         constant = (slope.norm(dim=-1) / step).amax()
         return -self.weight * (constant if self.bound == "penalty" else torch.relu(constant - self.bound)).square()
 
+    @torch.no_grad()
     def constant(self, model: "CellModel", sites: dict[str, Tensor], z0: Float[Tensor, "cell latent"], protocol: Protocol) -> float:
         """Return the largest ‖∂z(t)/∂z₀‖ over cells from Jacobian-vector products, or its change between neighbours per distance."""
         from perturbprob.dynamics.inverse import jacobian
@@ -417,9 +418,8 @@ def _last_times(screen: "Screen", name: str) -> list[Protocol]:
         raise ValueError(
             f"SteadyState names {name!r}, which is no perturbation of this screen. {nearest(name, ('control', *screen.perturbations))}"
         )
-    return [
-        max((p for p in own if p.media == media), key=lambda p: p.time) for media in sorted({p.media for p in own}, key=lambda m: m or "")
-    ]
+    media = sorted({p.media for p in own}, key=lambda m: m or "")
+    return [max((p for p in own if p.media == m), key=lambda p: p.time) for m in media]
 
 
 def _refuse_held_out(screen: "Screen", protocols: Sequence[Protocol]) -> None:
