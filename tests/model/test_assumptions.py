@@ -131,7 +131,7 @@ def test_the_lipschitz_constant_of_a_fit_is_that_of_its_jacobian(screen):
     constant = pb.Lipschitz().constant(model, sites, z0, protocol)
     segments = model.vocabulary.encode([protocol])
     slopes = [torch.autograd.functional.jacobian(lambda z: model.moved(sites, z[None], segments).z[0], z) for z in z0]
-    assert constant == pytest.approx(max(float(torch.linalg.matrix_norm(s, 2)) for s in slopes), rel=1e-3)
+    assert constant == pytest.approx(max(float(torch.linalg.matrix_norm(s, 2)) for s in slopes), rel=1e-2)  # coarser steps with gradients
     step = pb.Lipschitz(bound=constant * 2).bind(screen)
     assert float(step.term(model, sites).detach()) <= 0
     assert float(pb.Lipschitz(bound=1e3).bind(screen).term(model, sites).detach()) == 0

@@ -38,6 +38,8 @@ def counterfactual(
 ) -> xr.Dataset:
     """Return the log of the expected count of each cell and gene had these very cells gone through another protocol (eq 6).
 
+    Of continuous values, the expected value itself.
+
     C(X_t, p, m) = F(F⁻¹(X_t, ·), p, m, t) in three steps: abduction of the rest state z₀ of each cell, action, prediction. Batch effect and
     size factor stay the cell's own. A Dataset over (cell, gene): ``mean``, ``sd``, and ``lower`` and ``upper``, the central interval of
     probability ``level`` of a normal law; ``n_draws`` draws of globals and z₀ are averaged as they come.
@@ -86,7 +88,8 @@ def _answer(fit: "Fit", own_sites: Sites, sites: Sites, own: Cells, other: Cells
         back = invert(forward, forward(z0), start=torch.zeros_like(z0))
         checks = (back.condition_number, (back.z0 - z0).norm(dim=-1))
         z0 = back.z0
-    return (model.measured(sites, model.moved(sites, z0, other.protocol), other).log_rate, *checks)
+    law = model.measured(sites, model.moved(sites, z0, other.protocol), other)
+    return (law.mean if model.start is not None else law.log_rate, *checks)
 
 
 class _Running:

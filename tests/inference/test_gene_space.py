@@ -1,0 +1,110 @@
+"""Gene space: the same CellModel with a known start, no decoder and normal noise; and the deterministic objective of eq 5."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import perturbprob as pb
+from perturbprob.measurement.decoder import Identity
+
+SHORT = {"validation": 0.0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def bulk() -> pb.Screen:
+    """Pseudobulks of a simulated screen with effects."""
+    return pb.simulate(n_cells=3000, n_genes=12, n_perturbations=4, times=(1.0, 2.0), n_batches=1, seed=5).screen.pseudobulk()
+
+
+@pytest.fixture(scope="module")
+def fit(bulk: pb.Screen) -> pb.Fit:
+    """A short fit by the ELBO."""
+    with pytest.warns(UserWarning, match="one batch"):
+        model = pb.node(bulk)
+    return pb.fit(model, bulk, epochs=250, learning_rate=1e-2, **SHORT)
+
+
+def means(screen: pb.Screen) -> np.ndarray:
+    """The measured mean of every condition."""
+    return np.stack([screen.counts[screen.condition == k].mean(0) for k in range(len(screen.conditions))])
+
+
+def test_the_slots_of_gene_space(fit: pb.Fit, bulk: pb.Screen) -> None:
+    assert isinstance(fit.model.decoder, Identity)
+    assert fit.model.n_latent == bulk.n_genes
+    control = bulk.counts[bulk.cells_of(pb.Protocol([pb.Wait(1)]))].mean(0)
+    np.testing.assert_allclose(fit.model.start, control, rtol=1e-5)
+
+
+def test_the_fit_comes_near_the_means_and_says_how_near(fit: pb.Fit, bulk: pb.Screen) -> None:
+    answer = pb.predict(fit, n_draws=50, progress=False)
+    assert answer.attrs["scale"] == "value"
+    error = ((answer["mean"].values - means(bulk)) ** 2).mean()
+    assert error < 0.35 * means(bulk).var(0).mean()
+    wide = pb.predict(fit, n_draws=50, interval="observed", n_cells=1, progress=False)
+    assert float((wide["upper"] - wide["lower"]).mean()) > float((answer["upper"] - answer["lower"]).mean())
+
+
+def test_every_question_can_be_asked(fit: pb.Fit, bulk: pb.Screen, tmp_path: Path) -> None:
+    found = pb.effects(fit, n_draws=20, progress=False)
+    assert found.attrs["units"] == "difference of values"
+    assert np.isfinite(pb.log_density(fit, bulk, 2, progress=False)).all()
+    pb.predictive_check(fit, bulk, n_draws=3, progress=False)
+    assert set(pb.posterior(fit, n_draws=3).posterior) >= {"noise", "perturbation_effect"}
+    what = pb.counterfactual(fit, bulk, bulk.conditions[-1], n_draws=3, progress=False)
+    assert what["mean"].shape == bulk.counts.shape
+    fit.save(tmp_path / "fit")
+    one, two = (pb.predict(f, n_draws=3, progress=False)["mean"] for f in (fit, pb.load(tmp_path / "fit")))
+    assert one.identical(two)
+
+
+@pytest.mark.filterwarnings("ignore:The screen has one batch")
+@pytest.mark.parametrize("distance", ["mse", "energy", "moment"])
+def test_paths_train_the_deterministic_f(bulk: pb.Screen, distance: str) -> None:
+    cells = bulk[np.repeat(np.arange(bulk.n_cells), 3)] if distance != "mse" else bulk
+    fit = pb.fit(pb.node(cells), cells, objective="paths", distance=distance, epochs=60, learning_rate=1e-2, **SHORT)
+    assert fit.losses["train"][-1] < 0.6 * fit.losses["train"][0]
+    draws = pb.posterior(fit, n_draws=4).posterior["perturbation_effect"]
+    assert float(draws.std("draw").max()) < 1e-6
+    assert "F on eq 5" in fit.report()
+
+
+@pytest.mark.filterwarnings("ignore:The screen has one batch")
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"objective": "path"}, "Unknown objective 'path'. Use one of 'elbo', 'paths'"),
+        ({"objective": "paths", "distance": "euclid"}, "Unknown distance 'euclid'. Use one of 'mse', 'moment', 'energy', 'sinkhorn'"),
+    ],
+)
+def test_objectives_that_do_not_exist(bulk: pb.Screen, how: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pb.fit(pb.node(bulk), bulk, epochs=1, **how)
+
+
+def test_objectives_and_measurements_that_do_not_fit(screen: pb.Screen, bulk: pb.Screen) -> None:
+    with pytest.raises(ValueError, match=r"objective='paths' needs continuous values.*screen\.pseudobulk\(\)"):
+        pb.fit(pb.node(screen, 2), screen, epochs=1, objective="paths")
+    with pytest.raises(ValueError, match=r"measurement='negative_binomial' does not fit continuous\. Use one of 'normal', 'known_noise'"):
+        pb.node(bulk, measurement="negative_binomial")
+    with pytest.raises(ValueError, match="measurement='normal' does not fit counts"):
+        pb.node(screen, measurement="normal")
+    with pytest.raises(ValueError, match="made for other values than this screen's continuous"):
+        pb.log_density(pb.fit(pb.node(screen, 2), screen, epochs=1, progress=False), bulk[:3], progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:The screen has one batch")
+def test_known_noise_needs_every_standard_error(bulk: pb.Screen) -> None:
+    assert pb.node(bulk, measurement="known_noise").measurement.learnt is False
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="needs a standard error above 0 for every value"):
+        pb.node(replace(bulk, standard_error=np.full(bulk.counts.shape, np.nan, np.float32)), measurement="known_noise")
+
+
+def test_scales_of_values(fit: pb.Fit) -> None:
+    with pytest.raises(ValueError, match=r"Unknown scale 'log1p'\. Use one of 'value'"):
+        pb.predict(fit, scale="log1p", progress=False)
+    assert torch.isfinite(fit.model.start).all()
