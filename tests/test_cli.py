@@ -264,3 +264,10 @@ def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout.strip() == version("perturbprob")
+
+
+def test_the_study_prints_rows_baselines_and_floor():
+    found = json.loads(said("study", "proof-of-principle", "--seeds", 2, "--steps", 20, "--json"))
+    assert {"start", "loss", "step", "mse_mean", "mse_sd", "win_rate"} <= set(found["rows"][0])
+    assert {row["loss"] for row in found["chosen"]} == {"eq5", "eq5+eq9"}
+    assert found["noise_floor"] < min(found["baselines"].values())

@@ -26,6 +26,7 @@ from perturbprob.experiment.screen import Screen
 from perturbprob.inference import Fit, NonFiniteLoss
 from perturbprob.model import node
 from perturbprob.studies.predictive_check import PredictiveCheck
+from perturbprob.studies.proof_of_principle import LOSSES as _LOSSES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,7 +65,7 @@ _COLUMNS: dict[str, tuple[Any, str, str]] = {
 }
 
 
-def _command(verb: Callable[..., None]) -> Callable[..., None]:
+def _command(verb: Callable[..., None], *, into: typer.Typer = app, name: str | None = None) -> Callable[..., None]:
     """Make a verb a command: warnings are a line each on stderr, errors that the user can act on one line and exit code 1."""
 
     @functools.wraps(verb)
@@ -79,7 +80,7 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
                 _tell(f"Error: {_in_words(error)}")
                 raise typer.Exit(1) from error
 
-    app.command()(run)
+    into.command(name)(run)
     return run
 
 
@@ -215,6 +216,32 @@ def predict(
     else:
         words = f"{protocol}: {answer.attrs['units']}, mean and central {100 * answer.attrs['level']:g} % interval"
         _say(f"{words}\n{table.to_string(float_format='{:.4g}'.format)}" if out is None else f"{words}\nWrote {out}.")
+
+
+study = typer.Typer(no_args_is_help=True, help="Studies of the embedded screen.")
+app.add_typer(study, name="study")
+
+
+@functools.partial(_command, into=study, name="proof-of-principle")
+def proof_of_principle(
+    *,
+    seeds: Annotated[int, typer.Option(help="Networks trained at once.")] = 100,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 400,
+    controls: Annotated[bool, typer.Option("--controls", help="Also the wrong set, the mark taken off, and weight decay.")] = False,
+    seed: Seed = 0,
+    out: Table = None,
+    as_json: Json = False,
+) -> None:
+    """Does the steady-state term of eq 9 help a neural ODE to predict a hidden day? Section 4 and Figure 4 of the paper."""
+    losses = _LOSSES if controls else _LOSSES[:2]
+    show = sys.stderr.isatty()
+    found = studies.proof_of_principle(datasets.ishikawa2023(), seeds=seeds, steps=steps, losses=losses, seed=seed, progress=show)
+    files = [] if out is None else _write(found.table, out)
+    if as_json:
+        rows = {"rows": found.table.to_dict("records"), "chosen": found.chosen.to_dict("records")}
+        _say(json.dumps(rows | {"baselines": found.baselines, "noise_floor": found.floor, "seconds": found.seconds, "files": files}))
+    else:
+        _say(f"{found.report()}" + (f"\nWrote {out}." if out else ""))
 
 
 def _read(path: Path, columns: dict[str, Any]) -> Screen:

@@ -73,7 +73,7 @@ class NeuralODE(Transition):
         self.solver = solver if solver is not None else Solver()
 
     @property
-    def decay(self) -> Float[Tensor, " latent"]:
+    def decay(self) -> Float[Tensor, "*seed latent"]:
         """γ, per median wait."""
         return softplus(self.decay_unconstrained) + 1e-3
 

@@ -45,8 +45,8 @@ class CellState:
 class Effects:
     """What each perturbation and each media adds to the push on the latent state."""
 
-    perturbation: Float[Tensor, "perturbation latent"]
-    media: Float[Tensor, "media latent"]
+    perturbation: Float[Tensor, "*draw perturbation latent"]
+    media: Float[Tensor, "*draw media latent"]
 
 
 class Transition(nn.Module, ABC):

@@ -2,7 +2,8 @@
 
 from perturbprob.studies import baselines
 from perturbprob.studies.predictive_check import predictive_check
+from perturbprob.studies.proof_of_principle import proof_of_principle
 from perturbprob.studies.sensitivity import sensitivity
 from perturbprob.studies.steady_state import steady_states
 
-__all__ = ["baselines", "predictive_check", "sensitivity", "steady_states"]
+__all__ = ["baselines", "predictive_check", "proof_of_principle", "sensitivity", "steady_states"]

@@ -1,0 +1,61 @@
+"""Section 4: the study trains what it says, never sees the hidden day, and prints all that it must be compared with."""
+
+import numpy as np
+import pytest
+
+import perturbprob as pb
+from perturbprob.studies.proof_of_principle import LOSSES, MOVING, ProofOfPrinciple, proof_of_principle
+
+SHORT = {"seeds": 3, "steps": 60, "every": 20, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def found() -> ProofOfPrinciple:
+    """A few seeds and steps of every arm."""
+    return proof_of_principle(pb.datasets.ishikawa2023(), **SHORT)
+
+
+def test_every_arm_learns_and_is_compared_with_all_baselines(found: ProofOfPrinciple) -> None:
+    assert dict(found.curve.sizes) == {"start": 2, "loss": 5, "step": 4, "seed": 3}
+    learnt = found.curve.isel(step=-1) < found.curve.isel(step=0)
+    assert bool(learnt.sel(start="control").all())
+    assert float(found.curve.isel(step=-1).sel(start="control", loss="eq5").mean()) < 0.013
+    assert found.baselines["hierarchical Gaussian"] == pytest.approx(0.0053, abs=1e-4)
+    assert found.floor == pytest.approx(0.00325, abs=1e-5)
+    assert set(found.table.columns) >= {"start", "loss", "step", "mse_mean", "mse_sd", "win_rate"}
+    assert "noise floor: 0.0033" in found.report()
+
+
+def test_the_hidden_day_is_never_seen(found: ProofOfPrinciple) -> None:
+    """Other counts on the hidden day change the scores and nothing that was learnt."""
+    screen = pb.datasets.ishikawa2023()
+    hidden = np.isin(screen.condition, [k for k, p in enumerate(screen.conditions) if p.time == 5 and p.perturbation in MOVING])
+    spoilt = screen.counts.copy()
+    spoilt.data[np.repeat(hidden, np.diff(spoilt.indptr))] += 7
+    from dataclasses import replace
+
+    again = proof_of_principle(replace(screen, counts=spoilt), losses=("eq5",), starts=("control",), **SHORT)
+    same = found.validation.sel(loss=["eq5"], start=["control"])
+    np.testing.assert_allclose(again.validation, same, rtol=1e-6)
+    assert abs(again.curve - found.curve.sel(loss=["eq5"], start=["control"])).max() > 1e-3
+
+
+def test_a_seed_repeats_the_study_and_seeds_differ(found: ProofOfPrinciple) -> None:
+    again = proof_of_principle(pb.datasets.ishikawa2023(), losses=("eq5",), starts=("own",), **SHORT)
+    np.testing.assert_array_equal(again.curve, found.curve.sel(loss=["eq5"], start=["own"]))
+    assert float(found.curve.isel(step=-1).std("seed").min()) > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"losses": ("eq5", "eq10")}, "Unknown loss 'eq10'"),
+        ({"losses": LOSSES[1:]}, "losses needs 'eq5'"),
+        ({"starts": ("rest",)}, "Unknown start 'rest'"),
+        ({"seeds": 1}, "at least 2 seeds"),
+        ({"perturbations": ["NANGO"]}, "NANOG"),
+    ],
+)
+def test_what_it_refuses(how: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        proof_of_principle(pb.datasets.ishikawa2023(), **(SHORT | how))
