@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import perturbprob as pb
 from perturbprob import plots
+from perturbprob.plots import of_fit
 from perturbprob.inference.predict import labelled
 
 matplotlib.use("Agg")
@@ -110,7 +111,7 @@ def test_figures_can_be_drawn_into_axes_of_the_user(fit, screen):
 def test_predictive_check_draws_every_gene(check):
     figure = plots.predictive_check(check)
     assert len(figure.axes) == 6
-    for axes, statistic in zip(figure.axes, plots._STATISTIC, strict=False):
+    for axes, statistic in zip(figure.axes, of_fit._STATISTIC, strict=False):
         part = check.gene.sel(statistic=statistic)
         expected = np.stack([part.observed.values, part.replicated.values], 1)
         np.testing.assert_allclose(points(axes), sorted(expected.tolist()))
@@ -149,7 +150,7 @@ def test_predictive_check_leaves_out_the_spread_of_conditions_with_one_cell(chec
 def test_predictive_check_tail_probabilities_are_shares_of_all(check):
     tails = plots.predictive_check(check).axes[5]
     assert len(tails.patches) == 3
-    for steps, statistic in zip(tails.patches, plots._STATISTIC, strict=True):
+    for steps, statistic in zip(tails.patches, of_fit._STATISTIC, strict=True):
         values, edges, _ = steps.get_data()
         expected, _ = np.histogram(check.condition.tail_probability.sel(statistic=statistic), bins=10, range=(0, 1))
         np.testing.assert_allclose(values, 100 * expected / expected.sum())

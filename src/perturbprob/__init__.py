@@ -30,7 +30,7 @@ from perturbprob.inference import (  # noqa: E402
     prior,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
-from perturbprob.studies import baselines, predictive_check, sensitivity, steady_states  # noqa: E402
+from perturbprob.studies import baselines, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "predict",
     "predictive_check",
     "prior",
+    "proof_of_principle",
     "sensitivity",
     "simulate",
     "split",

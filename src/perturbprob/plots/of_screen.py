@@ -1,0 +1,153 @@
+"""Figures of a screen: its layout, its branches, and how far its conditions move."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from perturbprob.experiment.screen import Screen
+from perturbprob.plots.axes import BLUE, GREY, MANY, RED, known_names, moment, name_axis, new_axes, new_figure, plain, write
+from perturbprob.studies.steady_state import SteadyStates
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+
+def layout(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
+    """Draw how many cells each perturbation has in each media, time and batch; control stands above a line, and 0 is left blank.
+
+    Combinations of media, time and batch without any cell have no column.
+
+    >>> import perturbprob as pb
+    >>> figure = pb.plots.layout(pb.datasets.ishikawa2023())
+    >>> figure.axes[0].images[0].get_array().shape
+    (24, 4)
+    """
+    table = _cells(screen)
+    axes = new_axes(ax, (max(0.55 * table.shape[1] + 3.2, 4.5), min(0.22 * len(table) + 2.2, 60.0)))
+    counts = np.ma.masked_equal(table.to_numpy(), 0)
+    image = axes.imshow(counts, aspect="auto", cmap="cividis", vmin=0)
+    if max(table.shape) <= MANY:
+        _write_counts(axes, counts)
+    if "control" in table.index and len(table) > 1:
+        axes.axhline(0.5, color="white", lw=5)
+    several = len(screen.media) > 1
+    columns = [" · ".join([*([m] if several else []), moment(t, screen.time_unit), b]) for m, t, b in table.columns]
+    name_axis(axes.xaxis, columns, rotation=90)
+    name_axis(axes.yaxis, table.index)
+    axes.set(xlabel=f"{'media · ' if several else ''}time · batch", ylabel="perturbation", title=f"Where the {screen.n_cells:,} cells are")
+    axes.figure.colorbar(image, ax=axes, label="cells", shrink=0.6)
+    return axes.figure.figure
+
+
+def branches(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
+    """Draw Figure 1B of the paper for a screen: untouched cells X are perturbed, their media changed, and left alone.
+
+    One branch for each perturbation and media (all perturbations together where there are more than eight), with its path 1-4, the
+    cells measured at its end and their times. Dashed red branches were not measured.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, media=("rest", "drug"), seed=1).screen
+    >>> len(pb.plots.branches(screen).axes[0].texts)
+    19
+    """
+    table = _branches(screen)
+    axes = new_axes(ax, (8.5, 1.2 + 0.42 * len(table)))
+    middle = (len(table) - 1) / 2
+    write(axes, 0, middle, "X", weight="bold")
+    for name, rows in table.groupby("branch", sort=False):
+        height = float(rows.row.mean())
+        axes.plot([0.15, 0.75], [middle, height], color="black" if rows.observed.any() else RED, lw=1)
+        write(axes, 1, height, str(name))
+        for end in rows.itertuples():
+            axes.plot([1.3, 2.1], [height, end.row], color="black" if end.observed else RED, ls="-" if end.observed else "--", lw=1)
+            write(axes, 2.5, end.row, end.media)
+            write(axes, 3.0, end.row, end.label, ha="left", color="black" if end.observed else RED)
+    for x, title in ((1, "P"), (2.5, "M"), (3.4, "W, then measured")):
+        write(axes, x, -1, title, weight="bold")
+    axes.set(xlim=(-0.2, 5.2), ylim=(len(table) - 0.5, -1.6))
+    axes.axis("off")
+    return axes.figure.figure
+
+
+def steady_states(
+    result: SteadyStates, *, media: str | None = None, figure: "matplotlib.figure.Figure | None" = None
+) -> "matplotlib.figure.Figure":
+    """Draw |LFC| of each perturbation between sequential times, joined by a line, in one ``media`` (default: the first); figure 9.
+
+    Those known from most cells come first. Above, |LFC| as measured; the grey band is what halves of control show at their worst time.
+    Below, |LFC| beyond the drift that all share; grey bars are the noise of control cells in the same numbers. Steps that the rule of
+    their panel calls moving are red diamonds; the last step counts.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, times=(1.0, 2.0, 3.0), seed=1).screen
+    >>> len(pb.plots.steady_states(pb.steady_states(screen, n_splits=50)).axes)
+    2
+    """
+    table = result.table.sel(media=known_names([media], result.table.media.values, "media") if media else result.table.media.values[:1])
+    part = table.isel(media=0, perturbation=np.argsort(-table["precision"].sum(["media", "step"]).values, kind="stable"))
+    figure = new_figure((min(0.38 * len(part.perturbation) + 2.5, 40.0), 7.0)) if figure is None else figure
+    above, below = figure.subplots(2, 1, sharex=True)
+    within = f"{100 * (1 - part.attrs['tolerance']):g} % of"
+    above.axhspan(0, float(part["control_bound"]), color=GREY, alpha=0.25, lw=0, label=f"{within} halves of control, worst time")
+    _steps(above, part["lfc"], part["steady_by_control"])
+    place = _steps(below, part["lfc_beyond_drift"], part["steady_by_matched"]).ravel()
+    noise, style = part["matched_bound"].values.ravel(), {"color": GREY, "alpha": 0.35, "zorder": 0}
+    below.bar(place, noise, 0.8 / len(part.step), label=f"{within} noise in the same numbers of cells", **style)
+    above.set(ylabel="|LFC| [log₂]", title=f"Steps between times, {plain(part.media.values)}")
+    steps = f"{', '.join(part.step.values)} {part.attrs['time_unit']}"
+    below.set(ylabel="|LFC| beyond shared drift [log₂]", xlabel=f"perturbation, most cells first; each from left to right: {steps}")
+    name_axis(below.xaxis, part.perturbation.values, rotation=90)
+    for axes in (above, below):
+        axes.set(xlim=(-0.7, len(part.perturbation) - 0.3), ylim=(0, 1.3 * axes.dataLim.ymax))
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+    return figure
+
+
+def _branches(screen: Screen) -> pd.DataFrame:
+    """Return one row for each branch of the drawing: a perturbation, or all of them, in one media."""
+    table = screen.layout.paths()
+    many = len(screen.perturbations) > 8
+    together = f"{len(screen.perturbations)} perturbations"
+    table["branch"] = [p if p == "control" or not many else together for p in table.perturbation]
+    order = {name: k for k, name in enumerate(dict.fromkeys(["control", *sorted(table.branch)]))}
+    grouped = table.sort_values("branch", key=lambda names: names.map(order), kind="stable").groupby(["branch", "media"], sort=False)
+    rows = [_branch(screen, branch, media, part) for (branch, media), part in grouped]
+    return pd.DataFrame(rows).assign(row=range(len(rows)))
+
+
+def _branch(screen: Screen, branch: str, media: str, part: pd.DataFrame) -> dict[str, object]:
+    """Say what was measured at the end of a branch."""
+    seen, times = int(part.observed.sum()), sorted({t for times in part.times for t in times})
+    of = f"{seen} of {len(part)} measured, " if len(part) > 1 else ""
+    found = f"{of}{part.cells.sum():,} cells at {', '.join(f'{t:g}' for t in times)} {screen.time_unit or ''}" if seen else "not measured"
+    return {"branch": branch, "media": media, "observed": seen > 0, "label": f"path {part.path.iloc[0]}: {found.strip()}"}
+
+
+def _steps(axes: "matplotlib.axes.Axes", values: xr.DataArray, steady: xr.DataArray) -> Float[np.ndarray, "perturbation step"]:
+    """Draw the steps of each perturbation as a line, those that are not steady as red diamonds; return where they are drawn."""
+    rows, n = values.shape
+    place, seen = np.arange(rows)[:, None] + 0.8 * ((np.arange(n) + 0.5) / n - 0.5), values.notnull().values
+    axes.plot(place.T, values.values.T, color=BLUE, lw=1)
+    for mask, marker, colour, label in ((steady.values, "o", BLUE, "steady"), (~steady.values, "D", RED, "moving")):
+        axes.plot(place[mask & seen], values.values[mask & seen], marker, ms=4.5, mew=0, color=colour, label=label)
+    return place
+
+
+def _cells(screen: Screen) -> pd.DataFrame:
+    """Count cells, perturbation (control first) × (media, time, batch)."""
+    tall = screen.summary().melt(ignore_index=False, value_name="cells").reset_index()
+    tall["media"] = pd.Categorical(tall["media"], screen.media, ordered=True)
+    table = tall.pivot_table("cells", "perturbation", ["media", "time", "batch"], aggfunc="sum", fill_value=0, observed=True)
+    table = table.loc[[*table.index.intersection(["control"]), *table.index.difference(["control"])]]
+    return table.loc[:, table.sum() > 0]
+
+
+def _write_counts(axes: "matplotlib.axes.Axes", counts: np.ma.MaskedArray) -> None:
+    """Write each number of cells into its field, dark on light and light on dark."""
+    for row, column in np.argwhere(~np.ma.getmaskarray(counts)):
+        colour = "black" if counts[row, column] > 0.5 * counts.max() else "white"
+        axes.text(column, row, f"{counts[row, column]:d}", ha="center", va="center", fontsize=8, color=colour)
