@@ -4,6 +4,12 @@ A screen is a protocol of actions on a latent cell state (perturb P, change medi
 effects η^b. ``import perturbprob as pb``.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # without ipywidgets tqdm, which pyro imports, warns in a notebook and shows bars as text
+    import tqdm.auto  # noqa: F401
+
 import pyro
 
 # a second model in one session must not take over the parameters of the first

@@ -9,10 +9,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # without ipywidgets tqdm warns in a notebook, and shows the bar as text
-    from tqdm.auto import tqdm
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
