@@ -5,7 +5,8 @@ import pytest
 
 import perturbprob as pb
 
-pytestmark = pytest.mark.slow
+# that its times are its batches is the screen's, not the package's
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::perturbprob.UndeclaredWarning")]
 
 
 @pytest.fixture(scope="module")

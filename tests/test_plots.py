@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 import perturbprob as pb
 from perturbprob import plots
-from perturbprob.plots import of_fit
 from perturbprob.inference.predict import labelled
+from perturbprob.plots import of_fit
 
 matplotlib.use("Agg")
 

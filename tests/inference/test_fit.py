@@ -150,6 +150,7 @@ def test_settings_that_cannot_work(small: pb.Screen, setting: dict, message: str
         pb.fit(pb.node(small, 2), small, **(SETTINGS | setting))
 
 
+@pytest.mark.filterwarnings("ignore::perturbprob.UndeclaredWarning")
 def test_absent_factors(small: pb.Screen) -> None:
     """A media-only and a time-only screen fit and predict."""
     adata = pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, media=("rest", "drug"), seed=2).adata

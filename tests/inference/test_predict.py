@@ -87,6 +87,7 @@ def test_control_baseline_and_zero_waits_are_identities(fit: pb.Fit) -> None:
     assert plain.identical(dressed)
 
 
+@pytest.mark.filterwarnings("ignore::perturbprob.UndeclaredWarning")
 def test_it_says_when_time_and_batch_are_aliased() -> None:
     screen = pb.datasets.ishikawa2023()[::37]
     fit = pb.fit(pb.node(screen, 2), screen, epochs=1, progress=False)
@@ -94,6 +95,7 @@ def test_it_says_when_time_and_batch_are_aliased() -> None:
         pb.predict(fit, screen.conditions[0], n_draws=2)
 
 
+@pytest.mark.filterwarnings("ignore::perturbprob.UndeclaredWarning")
 def test_it_says_when_batches_are_nested_in_times(screen: pb.Screen) -> None:
     lanes = tuple(f"{b} at {t:g}" for b in screen.batches for t in screen.times)
     time = np.array([screen.times.index(p.time) for p in screen.conditions])[screen.condition]
