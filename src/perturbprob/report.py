@@ -81,7 +81,7 @@ def write_report(fit: Fit, path: str | Path, *, check: PredictiveCheck | None = 
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file, such as {path / 'report.html'}.")
     if hits is None and fit.losses["train"] and fit.model.vocabulary.perturbations:
-        hits = effects(fit, n_draws=N_DRAWS)
+        hits = effects(fit, n_draws=N_DRAWS, progress=False)
     parts = [_fitted(fit), _training(fit), _effects(fit, hits), _confounded(fit), _batches(fit)]
     parts += [] if check is None else [_checked(check)]
     page = _page("Report of a fit", [*parts, _section("How to read the intervals", *map(_paragraph, _READING))])

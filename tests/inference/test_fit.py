@@ -139,6 +139,8 @@ def test_one_condition_is_a_screen_and_fit_says_what_it_cannot_teach(small: pb.S
     [
         ({"epochs": 0}, "epochs must be between 1"),
         ({"epochs": 1.5}, r"epochs must be a whole number; got 1\.5"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 1.5}, r"seed must be a whole number from 0 .*got 1\.5"),
         ({"minibatch": 0}, "minibatch must be between 1"),
         ({"learning_rate": -1.0}, "learning_rate must be between 1e-08"),
         ({"validation": 1.0}, r"validation must be between 0 and 0\.9"),

@@ -141,3 +141,9 @@ def test_the_kind_of_perturbation_counts(fit: pb.Fit, screen: pb.Screen) -> None
 def test_before_time_zero() -> None:
     with pytest.raises(ValueError, match="Time runs forward from the start"):
         pb.Wait(-1)
+
+
+def test_a_protocol_that_waits_for_no_time_is_pointed_out(fit: pb.Fit, screen: pb.Screen) -> None:
+    gene = screen.perturbations[0]
+    with pytest.warns(UserWarning, match=r"waits for no time, so nothing has happened yet"):
+        pb.predict(fit, pb.Knockout(gene), n_draws=2, batch="average", progress=False)

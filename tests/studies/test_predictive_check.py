@@ -83,3 +83,10 @@ def test_a_large_check_says_how_much_memory(fit: pb.Fit, screen: pb.Screen, monk
     monkeypatch.setattr(sys.modules["perturbprob.inference.draws"], "LARGE", 1.0)
     with pytest.warns(UserWarning, match="will hold .* GB of statistics"):
         pb.predictive_check(fit, screen, n_draws=1, progress=False)
+
+
+def test_few_replicates_say_nothing_of_tails(fit: pb.Fit, screen: pb.Screen, check: PredictiveCheck) -> None:
+    few = pb.predictive_check(fit, screen, n_draws=2, progress=False).summary()
+    assert "too few for tail probabilities" in few
+    assert "outside the central" not in few
+    assert "outside the central" in check.summary()

@@ -118,7 +118,7 @@ def control_words(control: object) -> tuple[str, ...]:
     """Return the user's words for control as a tuple; refuse anything but text."""
     words = (control,) if isinstance(control, str) else tuple(control) if isinstance(control, Iterable) else (control,)
     if not all(isinstance(word, str) for word in words):
-        found = f"got {control!r}. Write control={str(control)!r}"
+        found = f"got {control!r}. Write control={'control' if control is None else str(control)!r}"
         raise ValueError(f"control= is the label of control cells, or a list of labels, as text; {found}.")
     return words
 
@@ -164,7 +164,7 @@ def _read_kinds(obs: pd.DataFrame, kind: str | None, perturbed: np.ndarray, *, o
     if kind is not None and all(_plain(word) in _KIND_OF for word in kind.split("+")):
         return Levels.constant(len(obs), kind)
     state = "holds nothing but NaN" if kind in obs.columns else "is neither a column of adata.obs nor a known type"
-    close = nearest(str(kind), [*_KIND_WORDS, *map(str, obs.columns.drop(other))])
+    close = "" if kind == "perturbation_type" else nearest(str(kind), [*_KIND_WORDS, *map(str, obs.columns.drop(other))])  # the default
     raise ValueError(
         f"How were the genes perturbed? perturbation_type={kind!r} {state}. {close} "
         f"Pass perturbation_type='knockout' for all cells, or a column. Known types, in any case: {_KNOWN_KINDS}."

@@ -57,6 +57,7 @@ def log_density(
     200
     """
     check_draws(particles, "particles")
+    check_draws(minibatch, "minibatch")
     table = CellTable(fit.model, screen)
     draws = []
     for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):

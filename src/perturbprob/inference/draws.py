@@ -1,5 +1,6 @@
 """Coherent draws: one value of every global site per draw, the same for all cells and minibatches."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ def check_draws(n_draws: int, name: str = "n_draws") -> None:
 
 def bar(items: Iterable[Any], what: str, unit: str, *, progress: bool, total: int | None = None) -> "tqdm[Any]":
     """Iterate with a progress bar, silent where it is not wanted."""
-    return tqdm(items, desc=what, unit=unit, total=total, disable=not progress, leave=False)
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules  # a log file would fill with fragments of bars
+    return tqdm(items, desc=what, unit=unit, total=total, disable=not (progress and seen), leave=False)
 
 
 def warn_if_large(n_values: int, what: str, advice: str) -> None:

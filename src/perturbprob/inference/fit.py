@@ -130,6 +130,8 @@ def fit(
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     require_screen(screen)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
     minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience

@@ -111,8 +111,12 @@ def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | A
         raise ValueError("No condition to predict: give a protocol such as Knockout('NANOG') >> Wait(5).")
     for one in several:
         if not isinstance(one, Protocol | Action):
-            raise TypeError(f"A condition is a protocol such as Knockout('NANOG') >> Wait(5); got {one!r}.")
-    return [fit.model.vocabulary.protocol(p) for p in several]
+            raise TypeError(f"A condition is a protocol such as Knockout('NANOG') >> Wait(5), without quotes around it; got {one!r}.")
+    known = [fit.model.vocabulary.protocol(p) for p in several]
+    for protocol in known:
+        if protocol.actions and protocol.time == 0:
+            warnings.warn(f"{protocol} waits for no time, so nothing has happened yet: write {protocol} >> Wait(t).", stacklevel=4)
+    return known
 
 
 def _say_aliased(fit: "Fit") -> None:

@@ -37,10 +37,10 @@ def _judgement(followed: np.ndarray, gain: float, late: float, tail: int, steps:
     """Say in one sentence whether the training is done."""
     if gain <= 0:
         return "NO PROGRESS: the loss never fell. Lower learning_rate, or check the screen's counts."
+    if steps < ENOUGH_STEPS:
+        return f"TOO SHORT: {steps} steps; intervals need about {ENOUGH_STEPS:,} to find their width. Raise epochs or lower minibatch."
     if followed[-1] - followed.min() > 0.05 * gain:
         return "OVER-FITTED at the end; the best epoch was kept. More cells or fewer latent dimensions would help."
     if late > 5e-3 * gain:
         return f"NOT CONVERGED: the last {tail} epochs still brought {100 * late / gain:.1f} % of all improvement. Raise epochs."
-    if steps < ENOUGH_STEPS:
-        return f"TOO SHORT: {steps} steps; intervals need about {ENOUGH_STEPS:,} to find their width. Raise epochs or lower minibatch."
     return f"CONVERGED: the last {tail} epochs brought {100 * late / gain:.2f} % of all improvement."

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from perturbprob.inference.draws import Sites
     from perturbprob.inference.fit import Fit
 
+ENOUGH = 20
+"""Fewer replicates say nothing of the central 90 %."""
 STATISTICS = ("mean", "variance", "zero_fraction")
 
 
@@ -47,6 +49,8 @@ class PredictiveCheck:
             lines.append(
                 f"  {statistic:13s} over genes: observed {float(part.observed.mean()):.4g}, replicated {float(part.replicated.mean()):.4g}"
             )
+        if self.n_draws < ENOUGH:
+            return "\n".join([*lines, f"  {self.n_draws} replicates are too few for tail probabilities: ask for n_draws={ENOUGH} or more."])
         for name, table in (("condition", self.condition), ("batch", self.batch)):
             outside = ((table.tail_probability.sel(statistic="mean") < 0.05) | (table.tail_probability.sel(statistic="mean") > 0.95)).mean()
             lines.append(
