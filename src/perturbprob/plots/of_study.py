@@ -40,5 +40,5 @@ def proof_of_principle(found: ProofOfPrinciple, *, figure: "matplotlib.figure.Fi
         axes.set(xlabel="step", title=f"start: {start}", yscale="log")
         axes.set_ylim(0.9 * found.floor, float(np.quantile(found.curve.isel(step=slice(1, None)), 0.98)) * 1.1)
     panels[0].set_ylabel("mean squared error on the hidden time")
-    panels[-1].legend(frameon=False, fontsize=7)
+    panels[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
