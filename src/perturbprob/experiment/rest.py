@@ -1,9 +1,9 @@
 """How far each perturbation moves between times, against the noise of control cells, and how probably it is at rest (appendix E).
 
 The level of gene g in cells C is log₂((Σ x_g + ½) / Σ ℓ), counts over size factors of the cells; a step is the change of levels
-between sequential times, and |LFC| is its mean absolute value over genes, in log₂ units. With few cells |LFC| is large from noise alone,
-so it is held against control cells that do not move: random halves of one time (`split_halves`), and draws of as many cells as each
-perturbation has (`matched_steps`).
+between sequential times, and ``|LFC|`` is its mean absolute value over genes, in log₂ units. With few cells ``|LFC|`` is large from
+noise alone, so it is held against control cells that do not move: random halves of one time (`split_halves`), and draws of as many
+cells as each perturbation has (`matched_steps`).
 """
 
 from collections.abc import Iterator
@@ -147,7 +147,7 @@ def beyond_drift(
 
 
 def split_halves(course: Course, n_splits: int, seed: int = 0) -> Float64[np.ndarray, "split time"]:
-    """Return |LFC| between random halves of the control cells of one time (appendix E; five splits there).
+    """Return ``|LFC|`` between random halves of the control cells of one time (appendix E; five splits there).
 
     >>> from perturbprob.experiment import datasets
     >>> halves = split_halves(Course.of(datasets.ishikawa2023()), 200)
@@ -166,7 +166,7 @@ def split_halves(course: Course, n_splits: int, seed: int = 0) -> Float64[np.nda
 
 
 def matched_steps(course: Course, n_splits: int, seed: int = 0) -> Float64[np.ndarray, "split perturbation step"]:
-    """Return the |LFC| beyond drift of whole screens in which nothing moves, with the numbers of cells of this one.
+    """Return the ``|LFC|`` beyond drift of whole screens in which nothing moves, with the numbers of cells of this one.
 
     Every perturbation's cells are control cells of the same time, drawn with replacement; levels are taken relative to all control
     cells of the time, so control's own steps and the shared drift are 0 but for noise. Time and memory grow with perturbations ×

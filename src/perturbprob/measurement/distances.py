@@ -34,7 +34,7 @@ COINCIDENT = 1e-13
 def moment(x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cell gene"]) -> Float[Tensor, ""]:
     """Squared Euclidean distance between the means plus that between the variances of the genes.
 
-    |mean(x) − mean(y)|² + |var(x) − var(y)|², with sums over genes and var = mean of squares about the mean (divided by the number
+    ‖mean(x) − mean(y)‖² + ‖var(x) − var(y)‖², with sums over genes and var = mean of squares about the mean (divided by the number
     of cells), after "low order moments" in appendix B.3. Blind to covariances and to all moments above the second. Raises a
     ValueError for different numbers of genes, an empty set, NaN and infinity.
 
@@ -51,7 +51,7 @@ def moment(x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cell gene"]) -
 def energy(
     x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cell gene"], *, exponent: float = 1.0, unbiased: bool = False
 ) -> Float[Tensor, ""]:
-    """Energy distance 2 E|X − Y|^a − E|X − X'|^a − E|Y − Y'|^a, with the Euclidean norm and a = ``exponent``.
+    """Energy distance 2 E‖X − Y‖^a − E‖X − X'‖^a − E‖Y − Y'‖^a, with the Euclidean norm and a = ``exponent``.
 
     Székely and Rizzo (2013). For 0 < a < 2 it is zero only where both laws are equal. The squared variant, a = 2, is twice the squared
     distance between means and sees nothing else: do not train on it. By default the mean runs over all pairs, a cell with itself too
@@ -83,9 +83,9 @@ def sinkhorn(
     n_iterations: int = 2000,
     tolerance: float = 1e-6,
 ) -> Float[Tensor, ""]:
-    """Debiased Sinkhorn divergence, OT(x, y) − OT(x, x) / 2 − OT(y, y) / 2, of the cost |x − y|² / 2.
+    """Debiased Sinkhorn divergence, OT(x, y) − OT(x, x) / 2 − OT(y, y) / 2, of the cost ‖x − y‖² / 2.
 
-    OT(x, y) = min over P of Σ P_ij |x_i − y_j|² / 2 + ε KL(P | uniform), where ε = ``blur``² and the rows and columns of P weigh all
+    OT(x, y) = min over P of Σ P_ij ‖x_i − y_j‖² / 2 + ε KL(P ‖ uniform), where ε = ``blur``² and the rows and columns of P weigh all
     cells of a set alike (Feydy et al. 2019). As ``blur`` → 0 it becomes half the squared Wasserstein distance, as ``blur`` → ∞ half
     the squared distance between means. ``blur`` is a length in the unit of x: what is nearer than that counts as one place. Without
     it, ``default_blur(x, y)`` is taken anew at each call and held constant in the gradient; fix it to compare or to train.
@@ -119,7 +119,7 @@ def sinkhorn(
 def default_blur(x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cell gene"]) -> float:
     """Return the ``blur`` that ``sinkhorn`` takes by itself, from the scale of the data.
 
-    √(0.1 sd(|x_i − y_j|² / 2)), with the standard deviation over all pairs of cells after each set is centred. It scales with the
+    √(0.1 sd(‖x_i − y_j‖² / 2)), with the standard deviation over all pairs of cells after each set is centred. It scales with the
     data, does not depend on how far apart the sets are, and, unlike a share of the mean cost, stays below the
     differences between pairs when there are many genes, where all distances are nearly alike. Errors as for ``moment``.
 

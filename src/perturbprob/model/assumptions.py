@@ -295,7 +295,7 @@ class SilentInBaseline(Assumption):
         return _log_density(here - control, bound).sum()
 
     def pairs(self, screen: "Screen") -> list[Pair]:
-        """Return F(X_t^p, ·, m, t) → X_{m,t}^p for each perturbation and media beside the baseline: |S| n_m pairs."""
+        """Return F(X_t^p, ·, m, t) → X_{m,t}^p for each perturbation and media beside the baseline: n_S n_m pairs."""
         baseline = screen.baseline or "baseline"
         media = [m for m in screen.media if m != baseline]
         return [

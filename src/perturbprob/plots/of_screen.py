@@ -76,10 +76,10 @@ def branches(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "ma
 def steady_states(
     result: SteadyStates, *, media: str | None = None, figure: "matplotlib.figure.Figure | None" = None
 ) -> "matplotlib.figure.Figure":
-    """Draw |LFC| of each perturbation between sequential times, joined by a line, in one ``media`` (default: the first); figure 9.
+    """Draw ``|LFC|`` of each perturbation between sequential times, joined by a line, in one ``media`` (default: the first); figure 9.
 
-    Those known from most cells come first. Above, |LFC| as measured; the grey band is what halves of control show at their worst time.
-    Below, |LFC| beyond the drift that all share; grey bars are the noise of control cells in the same numbers. Steps that the rule of
+    Those known from most cells come first. Above, ``|LFC|`` as measured; the grey band is what halves of control show at their worst time.
+    Below, ``|LFC|`` beyond the drift that all share; grey bars are the noise of control cells in the same numbers. Steps that the rule of
     their panel calls moving are red diamonds; the last step counts.
 
     >>> import perturbprob as pb

@@ -48,7 +48,7 @@ class SteadyStates:
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's correlation between the last |LFC| and the number of cells it is known from."""
+        """Spearman's correlation between the last ``|LFC|`` and the number of cells it is known from."""
         pairs = pd.DataFrame({name: self.last[name].values.ravel() for name in ("lfc", "precision")})
         return float(pairs.corr("spearman").iloc[0, 1])
 
@@ -78,11 +78,11 @@ def steady_states(screen: "Screen", *, n_splits: int = 4000, tolerance: float = 
 
     Three answers, the last step of each counting:
 
-    1. by control (the paper's, appendix E): |LFC| = mean over genes of |log₂ level(later) / level(earlier)| is below the quantile
-       1 − ``tolerance`` of |LFC| between random halves of the control cells of one time, at the time where that is largest. Few cells
+    1. by control (the paper's, appendix E): ``|LFC|`` = mean over genes of abs(log₂ level(later) / level(earlier)) is below the quantile
+       1 − ``tolerance`` of ``|LFC|`` between random halves of the control cells of one time, at the time where that is largest. Few cells
        alone fail it, and the drift that all share counts. The paper leaves the bound open; nothing is added to the quantile here, as
        then 14 of the 24 of Ishikawa et al. are steady, near the paper's 14 of 25 (with 0.05 log₂ added, 21 would be).
-    2. matched: |LFC| beyond the shared drift is below what control cells in the same numbers show; where nothing moves, any
+    2. matched: ``|LFC|`` beyond the shared drift is below what control cells in the same numbers show; where nothing moves, any
        perturbation at all is called moving with probability ``tolerance``.
     3. probability of rest: of a root-mean-square change of at most ``change`` log₂ per unit of time beyond the drift, under a normal
        model with known sampling noise (`perturbprob.experiment.rest.probability_of_rest`).
