@@ -259,6 +259,8 @@ def test_a_steady_state_may_not_give_held_out_times_away():
 def test_what_is_no_assumption_and_one_twice(screen):
     with pytest.raises(TypeError, match="An assumption is one of UneditedStable"):
         bind(["SteadyState"], screen)
+    with pytest.raises(TypeError, match=r"takes a list; write assumptions=\[UneditedStable\("):
+        bind(pb.UneditedStable(), screen)
     with pytest.raises(ValueError, match="SteadyState is given twice"):
         bind([pb.SteadyState(), pb.SteadyState(wait=2.0)], screen)
 

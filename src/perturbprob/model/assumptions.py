@@ -529,6 +529,8 @@ def _log_density(change: Float[Tensor, "condition gene"], bound: Bound, excess: 
 
 def bind(assumptions: Sequence[Assumption], screen: "Screen") -> list[Bound]:
     """Bind assumptions to a screen; refuse what is none, and one kind twice."""
+    if isinstance(assumptions, Assumption):
+        raise TypeError(f"assumptions= takes a list; write assumptions=[{type(assumptions).__name__}(...)].")
     kinds = [type(a) for a in assumptions]
     for assumption in assumptions:
         if not isinstance(assumption, Assumption):
