@@ -60,22 +60,23 @@ class NeuralODE(Transition):
     for. Cells with different waits share one solve, time being scaled by each cell's wait.
 
     ``field`` may be any ``nn.Module`` called as ``field(z, perturbation, media, clock)``, all of shape (..., cell, latent)
-    except the clock's last axis of 1, that returns the push; ``solver`` is a `Solver`.
+    except the clock's last axis of 1, that returns the push; ``solver`` is a `Solver`. With ``decays`` False γ is 0, and the field alone
+    moves the state, as eq 25 has it.
     """
 
     invertible = True
 
-    def __init__(self, n_latent: int, *, field: nn.Module | None = None, solver: Solver | None = None) -> None:
+    def __init__(self, n_latent: int, *, field: nn.Module | None = None, solver: Solver | None = None, decays: bool = True) -> None:
         """Fill the field, the decay and the solver."""
         super().__init__()
         self.field = field if field is not None else Push(n_latent)
-        self.decay_unconstrained = nn.Parameter(torch.zeros(n_latent))
+        self.decay_unconstrained = nn.Parameter(torch.zeros(n_latent)) if decays else None
         self.solver = solver if solver is not None else Solver()
 
     @property
-    def decay(self) -> Float[Tensor, "*seed latent"]:
+    def decay(self) -> Float[Tensor, "*latent"]:
         """γ, per median wait."""
-        return softplus(self.decay_unconstrained) + 1e-3
+        return torch.zeros(()) if self.decay_unconstrained is None else softplus(self.decay_unconstrained) + 1e-3
 
     def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects) -> CellState:
         """Solve the deviation over each cell's wait."""

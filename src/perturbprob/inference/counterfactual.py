@@ -14,6 +14,7 @@ from perturbprob.model.cells import Cells, CellTable
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
     from perturbprob.inference.fit import Fit
+    from perturbprob.model.cell_model import CellModel
 
 ROUTES = ("encoder", "inverse")
 
@@ -45,10 +46,11 @@ def counterfactual(
     probability ``level`` of a normal law; ``n_draws`` draws of globals and z₀ are averaged as they come.
 
     ``route`` says how z₀ is found. "encoder": z₀ from q(z₀ | x, the cell's own protocol); it works for every structure. "inverse": the
-    measured state z(t) is run backward to z₀ along the cell's own protocol. Where the flow contracts that is ill-conditioned, and
-    running back and forth again looks perfect all the same; so the Dataset also holds, per cell, the ``condition_number`` of
-    ∂z(t)/∂z₀ and ``round_trip``, the error of z₀ after forward and backward, and cells beyond ``condition_bound`` are refused with
-    `IllConditioned`. Where no cell is, the two routes agree.
+    state z(t) is run backward to z₀ along the cell's own protocol. In gene space z(t) is measured, x − η^b with the noise of x, so this
+    route alone tells rows apart: the other one starts all from the same known z₀. Of counts z(t) is what q(z₀ | x) leads to. Where the
+    flow contracts, running backward is ill-conditioned, though back and forth again looks perfect; so the Dataset also holds, per
+    cell, the ``condition_number`` of ∂z(t)/∂z₀ and ``round_trip``, the error of z₀ after forward and backward, and cells beyond
+    ``condition_bound`` are refused with `IllConditioned`. Where no cell is, the two routes agree.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
@@ -84,12 +86,19 @@ def _answer(fit: "Fit", own_sites: Sites, sites: Sites, own: Cells, other: Cells
     z0 = fit.guide.rest(own).sample()
     checks: tuple[Tensor, ...] = ()
     if route == "inverse":
-        forward = lambda z: model.moved(own_sites, z, own.protocol).z  # noqa: E731
-        back = invert(forward, forward(z0), start=torch.zeros_like(z0))
-        checks = (back.condition_number, (back.z0 - z0).norm(dim=-1))
-        z0 = back.z0
+        z0, checks = _run_back(model, own_sites, own, z0)
     law = model.measured(sites, model.moved(sites, z0, other.protocol), other)
     return (law.mean if model.start is not None else law.log_rate, *checks)
+
+
+def _run_back(model: "CellModel", sites: Sites, cells: Cells, z0: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the rest states that the cells' own flow came from, their condition numbers, and their error after forward and backward."""
+    forward = lambda z: model.moved(sites, z, cells.protocol).z  # noqa: E731
+    start = torch.zeros_like(z0) if model.start is None else z0
+    if model.start is not None:
+        z0 = invert(forward, model.seen_state(sites, cells).sample(), start=start).z0
+    back = invert(forward, forward(z0), start=start)
+    return back.z0, (back.condition_number, (back.z0 - z0).norm(dim=-1))
 
 
 class _Running:

@@ -143,9 +143,17 @@ class CellModel(PyroModule):
 
     def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> dist.Distribution:
         """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""
-        eta = Vindex(torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1)))[..., cells.batch, :]  # code −1 reads 0
         depth = (cells.log_size_factor + self.log_depth)[:, None]
-        return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta, cells.standard_error)
+        location = depth + self.log_shares(sites, state, cells.rows) + self.eta(sites, cells)
+        return self.law(sites, location, cells.standard_error)
+
+    def eta(self, sites: dict[str, Tensor], cells: Cells) -> Float[Tensor, "*plate cell gene"]:
+        """Return the batch effect on each cell, 0 where its batch is not known."""
+        return Vindex(torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1)))[..., cells.batch, :]  # code −1 reads 0
+
+    def seen_state(self, sites: dict[str, Tensor], cells: Cells) -> dist.Distribution:
+        """Return the law of z(t) given values that measure the state itself, as in gene space: around x − η^b, with the noise of x."""
+        return self.law(sites, cells.counts - self.eta(sites, cells), cells.standard_error)
 
     def law(
         self,

@@ -108,6 +108,7 @@ def proof_of_principle(
     starts: Sequence[str] = STARTS,
     losses: Sequence[str] = LOSSES,
     learning_rate: float = 3e-3,
+    decays: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> ProofOfPrinciple:
@@ -135,7 +136,7 @@ def proof_of_principle(
     curves = {}
     for start in starts:
         for loss in losses:
-            how: dict[str, Any] = {"seeds": seeds, "steps": steps, "every": every, "rate": learning_rate, "seed": seed}
+            how: dict[str, Any] = {"seeds": seeds, "steps": steps, "every": every, "rate": learning_rate, "decays": decays, "seed": seed}
             curves[start, loss] = _train(problem, start, loss, **how, bar_name=f"{start}, {loss}" if progress else None)
     at = np.arange(0, steps + 1, every)
     coords = {"start": list(starts), "loss": list(losses), "step": at, "seed": np.arange(seeds)}
@@ -175,14 +176,15 @@ class _Problem:
 
 
 def _train(
-    problem: _Problem, start: str, loss: str, *, seeds: int, steps: int, every: int, rate: float, seed: int, bar_name: str | None
+    problem: _Problem, start: str, loss: str, *, seeds: int, steps: int, every: int, rate: float, decays: bool, seed: int, bar_name: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train all seeds at once; return the test and validation errors (step, seed)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         n_perturbations, _, n_genes = problem.mean.shape
-        transition = NeuralODE(n_genes, field=PushOfSeeds(seeds, n_genes), solver=Solver(n_steps=1, check_every=100))
-        transition.decay_unconstrained = nn.Parameter(torch.zeros(seeds, 1, n_genes))
+        transition = NeuralODE(n_genes, field=PushOfSeeds(seeds, n_genes), solver=Solver(n_steps=1, check_every=100), decays=decays)
+        if decays:
+            transition.decay_unconstrained = nn.Parameter(torch.zeros(seeds, 1, n_genes))
         marks = nn.Parameter(0.1 * torch.randn(seeds, n_perturbations - 1, n_genes))
         weights = [*transition.parameters(), marks]
         optimiser = torch.optim.Adam(weights, lr=rate) if "decay" not in loss else torch.optim.AdamW(weights, lr=rate, weight_decay=0.3)
