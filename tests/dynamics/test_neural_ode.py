@@ -129,3 +129,14 @@ def test_float32_is_float64_to_the_tolerance_of_the_solver(screen):
     state = make().float()(z0.float(), [single], Effects(effects.perturbation.float(), effects.media.float()))
     assert state.z.dtype == torch.float32
     torch.testing.assert_close(state.z.double(), exact, rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+def test_without_decay_the_field_alone_moves_the_state(screen):
+    """dz/dt = A z (eq 25), against the matrix exponential."""
+    torch.manual_seed(3)
+    move = NeuralODE(N_LATENT, field=Linear(), solver=Solver(n_steps=128), decays=False).double()
+    assert [name for name, _ in move.named_parameters()] == ["field.matrix"]
+    state = move(screen[0], [screen[1]], screen[2])
+    exact = [torch.linalg.matrix_exp(move.field.matrix * wait) @ z0 for wait, z0 in zip(WAITS, screen[0], strict=True)]
+    torch.testing.assert_close(state.z, torch.stack(exact), rtol=1e-6, atol=1e-6)

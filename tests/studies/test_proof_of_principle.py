@@ -26,6 +26,12 @@ def test_every_arm_learns_and_is_compared_with_all_baselines(found: ProofOfPrinc
     assert "noise floor: 0.0033" in found.report()
 
 
+def test_a_field_with_decay_is_another(found: ProofOfPrinciple) -> None:
+    decaying = proof_of_principle(pb.datasets.ishikawa2023(), losses=("eq5",), starts=("control",), decays=True, **SHORT)
+    assert float(abs(decaying.curve - found.curve.sel(loss=["eq5"], start=["control"])).max()) > 1e-3
+    assert ("decay and field" in decaying.report(), "field of eq 25" in found.report()) == (True, True)
+
+
 def test_the_hidden_day_is_never_seen(found: ProofOfPrinciple) -> None:
     """Other counts on the hidden day change the scores and nothing that was learnt."""
     screen = pb.datasets.ishikawa2023()

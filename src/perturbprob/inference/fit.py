@@ -35,7 +35,8 @@ class Fit:
     """A fitted model: what every later question takes.
 
     ``losses`` holds, per epoch, the negative ELBO per cell and gene: "train" of the whole objective, "validation" of the validation cells
-    given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor.
+    given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor. ``screen`` is the
+    training screen as long as the fit lives: it is not saved, and None after `load`.
     """
 
     model: CellModel
@@ -46,6 +47,7 @@ class Fit:
     trained_on: dict[str, Any]
     depth: DepthLaw
     versions: dict[str, str]
+    screen: Screen | None = None
 
     def __repr__(self) -> str:
         """Say in one line what was fitted."""
@@ -286,6 +288,7 @@ class _Training:
             depth=DepthLaw.of(self.screen, self.table.log_size_factor.double().numpy()),
             versions={name: version(name) for name in ("perturbprob", "torch", "pyro-ppl", "numpy")}
             | {"python": platform.python_version()},
+            screen=self.screen,
         )
 
 

@@ -84,7 +84,8 @@ class ProofOfPrinciple:
 
     def report(self) -> str:
         """Say what the term gains, and what else gains as much."""
-        lines = [f"{len(self.curve.seed)} seeds, {self.seconds:.0f} s. Mean squared error on the hidden time, at validated steps:"]
+        field = "decay and field" if self.curve.attrs["decays"] else "field of eq 25"
+        lines = [f"{len(self.curve.seed)} seeds, {field}, {self.seconds:.0f} s. Mean squared error on the hidden time, at validated steps:"]
         for start in self.curve.start.values:
             for row in self.chosen[self.chosen.start == start].itertuples():
                 words = f"{row.mse_mean:.4f} ± {row.mse_sd:.4f}, better than eq 5 in {row.win_rate:.0%} of seeds"
@@ -118,8 +119,9 @@ def proof_of_principle(
     time; "own", from its own first time. ``losses``: "eq5", the mean squared error over the visible (p, t); "eq5+eq9" adds the
     same of the change over one more time step of the perturbations not hidden, from their measured last state; "mark off" reads eq 9 as
     it is written, with the perturbation's mark taken off; "wrong set" puts the term on the hidden perturbations' last visible time, where
-    it is wrong; "weight decay" has none, and decay of all weights instead. All seeds are trained at once, each perturbation is integrated
-    once through all times. A quarter of the visible perturbations of the hidden time is kept for choosing the step.
+    it is wrong; "weight decay" has none, and decay of all weights instead. The field is that of eq 25; with ``decays`` the deviation from
+    the start decays beside it, as in `node`. All seeds are trained at once, each perturbation is integrated once through all times. A
+    quarter of the visible perturbations of the hidden time is kept for choosing the step.
     """
     require_screen(screen)
     for asked, known, what in ((starts, STARTS, "start"), (losses, LOSSES, "loss")):
@@ -141,7 +143,8 @@ def proof_of_principle(
     at = np.arange(0, steps + 1, every)
     coords = {"start": list(starts), "loss": list(losses), "step": at, "seed": np.arange(seeds)}
     stacked = [np.stack([[curves[s, one][k] for one in losses] for s in starts]) for k in range(2)]
-    scores, validation = (xr.DataArray(values, coords, ("start", "loss", "step", "seed")) for values in stacked)
+    dims = ("start", "loss", "step", "seed")
+    scores, validation = (xr.DataArray(values, coords, dims, attrs={"decays": int(decays)}) for values in stacked)
     errors = {name: _error(predictor(train, test.conditions).values, problem.hidden) for name, predictor in MEAN_BASELINES.items()}
     return ProofOfPrinciple(scores, validation, errors, noise_floor(test), clock.perf_counter() - started)
 
@@ -176,7 +179,17 @@ class _Problem:
 
 
 def _train(
-    problem: _Problem, start: str, loss: str, *, seeds: int, steps: int, every: int, rate: float, decays: bool, seed: int, bar_name: str | None
+    problem: _Problem,
+    start: str,
+    loss: str,
+    *,
+    seeds: int,
+    steps: int,
+    every: int,
+    rate: float,
+    decays: bool,
+    seed: int,
+    bar_name: str | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train all seeds at once; return the test and validation errors (step, seed)."""
     with torch.random.fork_rng():

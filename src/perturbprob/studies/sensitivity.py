@@ -50,18 +50,21 @@ class Sensitivity:
         return self.report()
 
 
-def sensitivity(fit: "Fit", screen: "Screen", *, n_draws: int = 50, seed: int = 0, progress: bool = True) -> Sensitivity:
+def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50, seed: int = 0, progress: bool = True) -> Sensitivity:
     """Refit without each assumption of a fit, on the screen it was trained on, and say what moved.
 
-    Settings, seed and all other assumptions stay. Raises ValueError for a fit without assumptions, or with a field of the user's own,
+    Settings, seed and all other assumptions stay. ``screen`` is needed for a loaded fit, which does not hold its cells. Raises ValueError for a fit without assumptions, or with a field of the user's own,
     which cannot be started afresh.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, times=(1.0, 2.0), seed=1).screen
     >>> fit = pb.fit(pb.node(screen, 2, assumptions=[pb.UneditedStable()]), screen, epochs=2, progress=False)
-    >>> pb.sensitivity(fit, screen, n_draws=4, progress=False).table.sizes["assumption"]
+    >>> pb.sensitivity(fit, n_draws=4, progress=False).table.sizes["assumption"]
     1
     """
+    screen = fit.screen if screen is None else screen
+    if screen is None:
+        raise ValueError("A loaded fit does not hold its cells: pass the screen it was trained on, sensitivity(fit, screen).")
     require_screen(screen)
     assumptions = [bound.assumption for bound in fit.model.assumptions]
     if not assumptions:
