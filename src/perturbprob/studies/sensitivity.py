@@ -53,8 +53,8 @@ class Sensitivity:
 def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50, seed: int = 0, progress: bool = True) -> Sensitivity:
     """Refit without each assumption of a fit, on the screen it was trained on, and say what moved.
 
-    Settings, seed and all other assumptions stay. ``screen`` is needed for a loaded fit, which does not hold its cells. Raises ValueError for a fit without assumptions, or with a field of the user's own,
-    which cannot be started afresh.
+    Settings, seed and all other assumptions stay. ``screen`` is needed for a loaded fit, which does not hold its cells. Raises
+    ValueError for a fit without assumptions, or with a field of the user's own, which cannot be started afresh.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, times=(1.0, 2.0), seed=1).screen
