@@ -11,7 +11,7 @@ demo: $(BIN)/.installed
 	$(BIN)/perturbprob demo --out demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check
