@@ -11,7 +11,7 @@ from perturbprob.dynamics.neural_ode import Stable
 from perturbprob.inference.draws import centre
 from perturbprob.model.assumptions import Bound, bind
 from perturbprob.model.cells import CellTable
-from perturbprob.model.guide import Guide, node_batch
+from perturbprob.model.guide import Guide, node_design
 
 ALL = (pb.UneditedStable(), pb.SteadyState(), pb.SilentInBaseline(), pb.Lipschitz())
 
@@ -31,7 +31,7 @@ def make(screen: pb.Screen, *assumptions: object, **how: object) -> tuple:
         model.transition.field.get_parameter(
             "field.network.2.weight" if any(isinstance(a, pb.UneditedStable) for a in assumptions) else "network.2.weight"
         ).normal_()
-    sites = centre(model, Guide(model, node_batch(model, screen)))
+    sites = centre(model, Guide(model, node_design(model, screen)))
     sites["perturbation_effect"] = torch.randn_like(sites["perturbation_effect"])
     return model, sites
 

@@ -12,7 +12,7 @@ from perturbprob.experiment.action import Knockout, Media, Wait
 from perturbprob.experiment.simulate import simulate
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.model.cells import CellTable
-from perturbprob.model.guide import Guide, node_batch
+from perturbprob.model.guide import Guide, node_design
 from perturbprob.model.structures import node
 
 N_CELLS = 96
@@ -70,7 +70,7 @@ def test_the_log_density_of_minibatches_averages_to_that_of_all_cells(model, scr
 
 
 def test_the_elbo_of_minibatches_averages_to_that_of_all_cells(model, screen):
-    table, guide = CellTable(model, screen), Guide(model, node_batch(model, screen))
+    table, guide = CellTable(model, screen), Guide(model, node_design(model, screen))
     with torch.no_grad():
         shared = pyro.poutine.trace(guide.globals).get_trace()
         values = {name: site["value"] for name, site in shared.nodes.items() if site["type"] == "sample"}

@@ -12,7 +12,7 @@ from scipy import stats
 from perturbprob.experiment.simulate import simulate
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import nodes
-from perturbprob.model.guide import Guide, node_batch
+from perturbprob.model.guide import Guide, node_design
 from perturbprob.model.structures import CONTINUOUS, HEADS, node
 
 N_CELLS, N_GENES = 60, 7
@@ -28,7 +28,7 @@ def make(screen, **how):
     """A model of a screen, its guide and its cells."""
     model = node(screen, 2, n_hidden=8, **how)
     torch.manual_seed(0)
-    return model, Guide(model, node_batch(model, screen)), CellTable(model, screen).cells(torch.arange(screen.n_cells))
+    return model, Guide(model, node_design(model, screen)), CellTable(model, screen).cells(torch.arange(screen.n_cells))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_it_starts_as_wide_as_the_counts_leave_it(screen):
 
 def test_making_a_guide_and_its_model_leaves_the_random_state_of_globals_alone(screen):
     model = node(screen, 2)
-    shares = node_batch(model, screen)
+    shares = node_design(model, screen)
     torch.manual_seed(0)
     Guide(model, shares)
     first = torch.rand(1)
@@ -144,7 +144,7 @@ def test_condition_effects_fall_where_the_batches_of_their_cells_rise(screen, we
         guide.block_lower.normal_()
     draws = global_draws(guide, n := 800)
     coordinate, bias = draws["batch_coordinate"], draws["gene_bias"]
-    carried = torch.einsum("nb,bf,dfg->dng", guide.node_batch.double(), guide.basis.double(), coordinate) + bias[:, None]
+    carried = torch.einsum("nb,bf,dfg->dng", guide.node_design.double(), guide.basis.double(), coordinate) + bias[:, None]
     effect = draws["condition_effect"]
     carried, effect = (x - x.mean(0) for x in (carried, effect))
     slope = (carried * effect).sum(0) / carried.square().sum(0)
@@ -157,15 +157,15 @@ def test_condition_effects_fall_where_the_batches_of_their_cells_rise(screen, we
 
 def test_batch_shares_of_a_node_are_those_of_its_cells(screen):
     model, guide, _ = make(screen)
-    assert guide.node_batch.shape == (len(model.condition_effect.nodes), 2)
-    torch.testing.assert_close(guide.node_batch.sum(1), torch.ones(len(guide.node_batch)))
+    assert guide.node_design.shape == (len(model.condition_effect.nodes), 2)
+    torch.testing.assert_close(guide.node_design.sum(1), torch.ones(len(guide.node_design)))
     parts = [nodes(p, model.vocabulary.time_scale) for p in screen.conditions]
     rows = model.condition_effect.rows(parts)[torch.as_tensor(screen.condition)]
-    for number in range(len(guide.node_batch)):
+    for number in range(len(guide.node_design)):
         own = (rows == number).any(-1).numpy()
         share = [(screen.batch[own] == b).mean() for b in range(2)]
-        np.testing.assert_allclose(guide.node_batch[number], share, atol=1e-6)
-    assert guide.node_batch.max() > 0.7  # unequal, so the tie between η and effects differs between conditions
+        np.testing.assert_allclose(guide.node_design[number], share, atol=1e-6)
+    assert guide.node_design.max() > 0.7  # unequal, so the tie between η and effects differs between conditions
 
 
 def test_bias_and_batch_effects_of_a_gene_have_the_covariance_of_their_block(screen):

@@ -15,7 +15,7 @@ from perturbprob.experiment.simulate import simulate
 from perturbprob.measurement import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import Node
-from perturbprob.model.guide import Guide, node_batch
+from perturbprob.model.guide import Guide, node_design
 from perturbprob.model.structures import node
 
 
@@ -33,7 +33,7 @@ def screen():
 
 def step(model, screen):
     """Take one gradient step of the ELBO; return the loss before and after on the same noise."""
-    elbo = Trace_ELBO()(model, Guide(model, node_batch(model, screen)))
+    elbo = Trace_ELBO()(model, Guide(model, node_design(model, screen)))
     cells, losses = CellTable(model, screen).cells(torch.arange(screen.n_cells)), []
     optimiser = torch.optim.Adam(elbo.parameters(), lr=1e-3)
     for _ in range(2):

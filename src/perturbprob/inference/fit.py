@@ -23,7 +23,7 @@ from perturbprob.inference.objective import PathLoss, check_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
-from perturbprob.model.guide import Guide, node_batch
+from perturbprob.model.guide import Guide, node_design
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -182,7 +182,7 @@ class _Training:
         n_held = min(int(settings["validation"] * screen.n_cells), screen.n_cells - 1)
         self.held, self.training = order[:n_held], order[n_held:]
         self.settings["steps_per_epoch"] = -(-len(self.training) // settings["minibatch"])
-        self.guide = Guide(model, node_batch(model, screen))
+        self.guide = Guide(model, node_design(model, screen))
         if screen.values == "counts":
             self.guide.start(model, screen)
         self.guide.to(model.log_share.device)

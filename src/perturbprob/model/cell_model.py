@@ -8,7 +8,6 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
-from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from perturbprob.dynamics.solve import SolverError
@@ -84,13 +83,13 @@ class CellModel(PyroModule):
 
     def globals(self) -> dict[str, Tensor]:
         """Sample what all cells share: η, the measurement, and the effects."""
-        eta = self.batch_effect()  # eq 15
+        eta = self.batch_effect()  # eqs 15, 19
         measurement = self.measurement.globals()
         bias = torch.zeros_like(self.log_share)
         if self.start is None:  # a known start is a known bias
             bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
         own = {name: value for bound in self.assumptions for name, value in bound.globals().items()}
-        return {"batch_effect": eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement, **own}
+        return {**eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement, **own}
 
     def effects(self) -> dict[str, Tensor]:
         """Sample what each perturbation and media adds to the push, with a scale per perturbation."""
@@ -144,16 +143,14 @@ class CellModel(PyroModule):
     def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> dist.Distribution:
         """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""
         depth = (cells.log_size_factor + self.log_depth)[:, None]
-        location = depth + self.log_shares(sites, state, cells.rows) + self.eta(sites, cells)
-        return self.law(sites, location, cells.standard_error)
-
-    def eta(self, sites: dict[str, Tensor], cells: Cells) -> Float[Tensor, "*plate cell gene"]:
-        """Return the batch effect on each cell, 0 where its batch is not known."""
-        return Vindex(torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1)))[..., cells.batch, :]  # code −1 reads 0
+        eta = self.batch_effect.at(sites, cells.batch, state.z, state.media)
+        return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta, cells.standard_error)
 
     def seen_state(self, sites: dict[str, Tensor], cells: Cells) -> dist.Distribution:
         """Return the law of z(t) given values that measure the state itself, as in gene space: around x − η^b, with the noise of x."""
-        return self.law(sites, cells.counts - self.eta(sites, cells), cells.standard_error)
+        media = self.moved(sites, self.at_rest(len(cells)).sample(), cells.protocol).media
+        eta = self.batch_effect.at(sites, cells.batch, cells.counts, media)
+        return self.law(sites, cells.counts - eta, cells.standard_error)
 
     def law(
         self,

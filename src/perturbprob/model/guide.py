@@ -30,7 +30,9 @@ OVERDISPERSION = dist.transforms.ComposeTransform(
 )
 """θ = 1 / (softplus(20 u) / 20): counts tell of 1/θ about evenly, and of log θ with a long tail towards the Poisson law."""
 
-GENE_BLOCK, CONDITIONS = ("gene_bias", "batch_coordinate"), "condition_effect"
+GENE_BLOCK, CONDITIONS = ("gene_bias", "batch_coordinate", "batch_media_coordinate"), "condition_effect"
+LARGEST_BLOCK = 20_000_000
+"""Beyond so many numbers the block of each gene is kept without its covariances."""
 
 
 @final
@@ -55,29 +57,29 @@ class Guide(PyroModule):
     Global sites are sampled in three steps, so that what the data tie together stays together:
 
     1. scales, dispersion, gate, latent effects: independent normal laws on the unconstrained line;
-    2. for each gene, its bias and its batch effects together: a normal law with full covariance;
+    2. for each gene, its bias and its batch effects (and those by media) together: a normal law with full covariance;
     3. condition effects given these: r = μ − w ⊙ (what the batches of those cells carry − its mean) + σ ε. The counts fix the
        sum of bias, η and r, so where one goes up the other comes down; independent laws are then too narrow (intervals for fold
        changes and η covered 0.55-0.79 instead of 0.9 in a trial with unequal batches).
 
-    The rest state of each cell comes from the `Encoder`, as wide as the model asks. ``node_batch`` (node, batch) is the share of each
-    batch in the cells of a condition-effect node.
+    The rest state of each cell comes from the `Encoder`, as wide as the model asks. ``node_design`` (node, block) is the mean over the
+    cells of a condition-effect node of `BatchEffect.design`, how bias and batch effects of a gene add up in a cell.
     """
 
-    def __init__(self, model: CellModel, node_batch: Float[Tensor, "node batch"]) -> None:
+    def __init__(self, model: CellModel, node_design: Float[Tensor, "node block"]) -> None:
         """Make one set of parameters for each global site that the model samples."""
         super().__init__()
         names = model.vocabulary
-        n_context = len(names.perturbations) + len(names.media) + 1 + len(names.batches)
+        self.n_batches = model.batch_effect.n_batches
+        n_context = len(names.perturbations) + len(names.media) + 1 + self.n_batches
         self.register_buffer("known_start", model.start)
         if model.start is None:
             self.encoder = Encoder(len(names.genes), n_context, model.n_latent, n_hidden=model.n_hidden)
-        self.register_buffer("node_batch", node_batch)
-        self.register_buffer("basis", model.batch_effect.basis)
+        self.register_buffer("node_design", node_design)
         with torch.random.fork_rng():
             trace = pyro.poutine.trace(model.globals).get_trace()
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-        self.blocked = [name for name in GENE_BLOCK if name in sites and "gene_bias" in sites]
+        self.blocked = {name: sites[name]["value"].shape[:-1] for name in GENE_BLOCK if name in sites and "gene_bias" in sites}
         self.independent = [name for name in sites if name not in (*self.blocked, CONDITIONS)]
         self.support = {name: sites[name]["fn"].support for name in self.independent}
         for name in self.independent:
@@ -86,7 +88,7 @@ class Guide(PyroModule):
             setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, -2.3)))
         if self.blocked:
             self._start_block(model)
-        shape = (len(node_batch), len(names.genes))
+        shape = (len(node_design), len(names.genes))
         self.condition_loc = nn.Parameter(torch.zeros(shape))
         self.condition_log_scale = nn.Parameter(torch.full(shape, -3.0))
         self.condition_weight = nn.Parameter(torch.zeros(shape))
@@ -97,12 +99,12 @@ class Guide(PyroModule):
 
     def _start_block(self, model: CellModel) -> None:
         """Start every gene's block at its log share and no batch effect, nearly sure."""
-        n_genes, size = len(model.vocabulary.genes), len(model.vocabulary.batches)
+        n_genes, size = len(model.vocabulary.genes), self.node_design.shape[1]
         start = torch.zeros(n_genes, size)
         start[:, 0] = model.log_share
         self.block_loc = nn.Parameter(start)
         self.block_log_scale = nn.Parameter(torch.full((n_genes, size), -3.5))
-        self.block_lower = nn.Parameter(torch.zeros(n_genes, size, size))
+        self.block_lower = nn.Parameter(torch.zeros(n_genes, size, size)) if n_genes * size**2 <= LARGEST_BLOCK else None
 
     @torch.no_grad()
     def start(self, model: CellModel, screen: "Screen") -> None:
@@ -111,10 +113,10 @@ class Guide(PyroModule):
         n cells with S counts of a gene carry about S / (1 + S / n) of information on its log rate at a dispersion of 1, and the prior
         about that of a standard deviation of 0.1; on the log of a dispersion θ they carry about n / 2 (μ / (μ + θ))² at a mean μ.
         """
-        by_batch, prior = _information(screen.counts, screen.batch, len(screen.batches)), 100.0
-        order = [screen.batches.index(name) for name in model.vocabulary.batches]
-        free = self.basis.square().T @ by_batch[order] + prior
-        self.block_log_scale.copy_(-0.5 * torch.cat([by_batch.sum(0, keepdim=True) + 1, free]).T.log())
+        design, group, _ = _groups(model, screen)
+        information, prior = _information(screen.counts, group, len(design)), 100.0
+        free = design[:, 1:].square().T @ information + prior
+        self.block_log_scale.copy_(-0.5 * torch.cat([information.sum(0, keepdim=True) + 1, free]).T.log())
         if "dispersion" in self.support:
             mean, theta = _moments(screen)
             self.dispersion_loc.copy_(OVERDISPERSION.inv(theta))
@@ -136,32 +138,35 @@ class Guide(PyroModule):
             normal = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale").exp())
             law = dist.TransformedDistribution(normal, [self.transform(name)])
             pyro.sample(name, law.to_event(len(law.batch_shape)))
-        carried = self._block() if self.blocked else None
-        if len(self.node_batch):
-            loc = self.condition_loc - torch.sigmoid(self.condition_weight) * (self.node_batch @ carried)
+        moved = self._block() if self.blocked else None
+        if len(self.node_design):
+            loc = self.condition_loc - torch.sigmoid(self.condition_weight) * (self.node_design @ moved)
             pyro.sample(CONDITIONS, dist.Normal(loc, self.condition_log_scale.exp()).to_event(2))
 
     def centre(self) -> dict[str, Tensor]:
         """Return the centre of the law of every global site: medians, and means of the normal ones."""
         centre = {name: self.transform(name)(getattr(self, f"{name}_loc")) for name in self.independent}
         if self.blocked:
-            centre["gene_bias"] = self.block_loc[:, 0]
-        if "batch_coordinate" in self.blocked:
-            centre["batch_coordinate"] = self.block_loc[:, 1:].T
-        return centre | ({CONDITIONS: self.condition_loc} if len(self.node_batch) else {})
+            centre |= self._unblocked(self.block_loc)
+        return centre | ({CONDITIONS: self.condition_loc} if len(self.node_design) else {})
 
-    def _block(self) -> Float[Tensor, "batch gene"]:
-        """Sample bias and batch effects of each gene together; return how far each batch's sum of both is from its mean."""
+    def _block(self) -> Float[Tensor, "block gene"]:
+        """Sample bias and batch effects of each gene together; return how far they are from their means."""
         scale = self.block_log_scale.exp()
-        tril = torch.tril(self.block_lower, -1) * scale[:, :, None] + torch.diag_embed(scale)
-        block = pyro.sample(
-            "gene_block", dist.MultivariateNormal(self.block_loc, scale_tril=tril).to_event(1), infer={"is_auxiliary": True}
-        )
-        pyro.sample("gene_bias", dist.Delta(block[:, 0], event_dim=1))
-        if "batch_coordinate" in self.blocked:
-            pyro.sample("batch_coordinate", dist.Delta(block[:, 1:].T, event_dim=2))
-        moved = (block - self.block_loc).T
-        return moved[:1] + self.basis @ moved[1:]
+        if self.block_lower is None:
+            law = dist.Normal(self.block_loc, scale).to_event(2)
+        else:
+            tril = torch.tril(self.block_lower, -1) * scale[:, :, None] + torch.diag_embed(scale)
+            law = dist.MultivariateNormal(self.block_loc, scale_tril=tril).to_event(1)
+        block = pyro.sample("gene_block", law, infer={"is_auxiliary": True})
+        for name, value in self._unblocked(block).items():
+            pyro.sample(name, dist.Delta(value, event_dim=value.ndim))
+        return (block - self.block_loc).T
+
+    def _unblocked(self, block: Float[Tensor, "gene block"]) -> dict[str, Tensor]:
+        """Cut the block of each gene into its sites."""
+        parts = block.T.split([shape.numel() for shape in self.blocked.values()])
+        return {name: part.reshape(*shape, -1) for (name, shape), part in zip(self.blocked.items(), parts, strict=True)}
 
     def forward(self, cells: Cells) -> None:
         """Sample the global sites, and the rest state of each cell of the minibatch."""
@@ -174,22 +179,34 @@ class Guide(PyroModule):
         if self.known_start is not None:
             return dist.Delta(self.known_start.expand(len(cells), -1), event_dim=1)
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
-        # row −1, a cell in no known batch, reads zeros
-        batches = torch.nn.functional.pad(torch.eye(self.node_batch.shape[1], device=log_counts.device), (0, 0, 0, 1))[cells.batch]
+        # a cell in no known batch, or in one that the fit was adapted to later, reads zeros
+        known = torch.where(cells.batch < self.n_batches, cells.batch, -1)
+        batches = torch.nn.functional.pad(torch.eye(self.n_batches, device=log_counts.device), (0, 0, 0, 1))[known]
         perturbation = torch.stack([s.perturbation for s in cells.protocol]).amax(0)
         media = torch.stack([s.media for s in cells.protocol]).amax(0)
         waited = torch.stack([s.wait for s in cells.protocol]).sum(0)
         return self.encoder(log_counts, torch.cat([perturbation, media, waited[:, None], batches], -1))
 
 
-def node_batch(model: CellModel, screen: "Screen") -> Float[Tensor, "node batch"]:
-    """Return the share of each batch in the cells of each condition-effect node."""
-    names = model.vocabulary
-    table = torch.zeros(len(screen.conditions), len(names.batches))
-    codes = torch.tensor([names.batch_code(b) for b in screen.batches])[torch.as_tensor(screen.batch)]
-    table.index_put_((torch.as_tensor(screen.condition), codes), torch.ones(screen.n_cells), accumulate=True)
-    total = _members(model, screen) @ table
-    return total / total.sum(1, keepdim=True).clamp(min=1)
+def node_design(model: CellModel, screen: "Screen") -> Float[Tensor, "node block"]:
+    """Return how bias and batch effects of a gene add up, on average, in the cells of each condition-effect node."""
+    design, group, condition = _groups(model, screen)
+    cells = torch.bincount(torch.as_tensor(group), minlength=len(design)).float()
+    member = _members(model, screen)[:, condition] * cells
+    return member @ design / member.sum(1, keepdim=True).clamp(min=1)
+
+
+def _groups(model: CellModel, screen: "Screen") -> tuple[Float[Tensor, "group block"], np.ndarray, np.ndarray]:
+    """Return the design of each group of cells of one condition in one batch, each cell's group, and each group's condition."""
+    names, n_batches = model.vocabulary, len(screen.batches)
+    pairs, group = np.unique(screen.condition * n_batches + screen.batch, return_inverse=True)
+    batch = torch.tensor([names.batch_code(screen.batches[k]) for k in pairs % n_batches])
+    media = torch.zeros(len(pairs), len(names.media))
+    for row, protocol in enumerate(screen.conditions[k] for k in pairs // n_batches):
+        if protocol.media is not None:
+            media[row, names.media.index(protocol.media)] = 1.0
+    effect = model.batch_effect
+    return effect.design(batch.to(effect.basis.device), media.to(effect.basis.device)).cpu(), group, pairs // n_batches
 
 
 def _members(model: CellModel, screen: "Screen") -> Float[Tensor, "node condition"]:
