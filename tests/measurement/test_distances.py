@@ -153,7 +153,8 @@ def test_blocks_change_neither_value_nor_gradient_and_hold_few_pairs(distance: D
     weights = 1 + torch.arange(150) / 150
     values, gradients, largest, kept = [], [], [], []
     for n_pairs in (10**6, 1000):
-        monkeypatch.setattr(pairs, "PAIRS", n_pairs)
+        monkeypatch.setattr(pairs, "HELD", n_pairs)
+        monkeypatch.setattr(pairs, "BLOCK", n_pairs)
         given, share = x.clone().requires_grad_(), weights.clone().requires_grad_()
         saved: list[int] = []
         with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):

@@ -307,7 +307,7 @@ class _Solver:
         pairs = Pairs(x.values, y.values)
         step = partial(self.symmetric_round if x is y else self.round, pairs, x.weights, y.weights)
         potential = self.fixed_point(step, y.values.new_zeros(len(y)) if start is None else start, y.weights)
-        return x.weights @ pairs.rows(self.soft_min(potential, y.weights)) + y.weights @ potential, potential
+        return x.weights @ pairs.rows(self.soft_min, potential, y.weights) + y.weights @ potential, potential
 
     @torch.no_grad()
     def fixed_point(
@@ -328,14 +328,16 @@ class _Solver:
 
     def round(self, pairs: Pairs, x_weights: Tensor, y_weights: Tensor, potential: Tensor) -> Float[Tensor, " other_cell"]:
         """One round of Sinkhorn: rows, then columns."""
-        return pairs.columns(self.soft_min(pairs.rows(self.soft_min(potential, y_weights)), x_weights))
+        return pairs.columns(self.soft_min, pairs.rows(self.soft_min, potential, y_weights), x_weights)
 
     def symmetric_round(self, pairs: Pairs, _: Tensor, weights: Tensor, potential: Tensor) -> Float[Tensor, " cell"]:
         """Half a round for a set against itself, averaged: rows and columns share one potential, and the error at least halves."""
-        return (potential + pairs.rows(self.soft_min(potential, weights))) / 2
+        return (potential + pairs.rows(self.soft_min, potential, weights)) / 2
 
-    def soft_min(self, potential: Float[Tensor, " column"], weights: Float[Tensor, " column"]) -> Callable[[Tensor], Tensor]:
-        """Return the function of squared distances −ε log Σ_j v_j exp((g_j − C_ij) / ε), with C half of them."""
+    def soft_min(
+        self, squares: Float[Tensor, "row column"], potential: Float[Tensor, " column"], weights: Float[Tensor, " column"]
+    ) -> Float[Tensor, " row"]:
+        """−ε log Σ_j v_j exp((g_j − C_ij) / ε), with C half the squared distances."""
         there = weights > 0  # log 0 has no slope, and its NaN would spread
         shift = potential / self.epsilon + torch.where(there, torch.where(there, weights, 1.0).log(), -math.inf)
-        return lambda squares: -self.epsilon * torch.logsumexp(shift - squares / (2 * self.epsilon), 1)
+        return -self.epsilon * torch.logsumexp(shift - squares / (2 * self.epsilon), 1)

@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-PAIRS = 2**22
-"""How many pairs are held at once: 34 MB for each intermediate value."""
+HELD = 2**22
+"""Up to this many pairs are held, 34 MB for each intermediate value; of more, only a block at a time."""
+
+BLOCK = 2**20
+"""About how many pairs a block has."""
 
 COINCIDENT = 1e-13
 """Cells are at one point where their squared distance is below this share of their squared lengths: there it is rounding."""
+
+
+OfRows = Callable[..., Float[Tensor, " row"]]
+"""(squared distances (row, column), ...) to a value for each row."""
 
 
 @final
@@ -49,39 +56,62 @@ class CellSet:
 class Pairs:
     """Squared distances of the cells of x (rows) to those of y (columns).
 
-    Where they fit into one block they are computed once; else each use computes them again block by block, and so does the
-    backward pass.
+    Up to ``HELD`` pairs are computed once; beyond, each use computes them again block by block, and so does the backward pass.
     """
 
     def __init__(self, x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cell gene"]) -> None:
         """Take both sets about a common centre, against cancellation."""
         centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
         self.x, self.y = x - centre, y - centre
-        self.held = squared_distances(self.x, self.y) if len(x) * len(y) <= PAIRS else None
+        self.held = squared_distances(self.x, self.y) if len(x) * len(y) <= HELD else None
 
-    def rows(self, function: Callable[[Float[Tensor, "row other_cell"]], Float[Tensor, " row"]]) -> Float[Tensor, " cell"]:
-        """Return what a function makes of each cell's squared distances to all of the other set."""
-        return self._each(function, self.x, self.y, self.held)
+    def rows(self, function: OfRows, *more: Tensor) -> Float[Tensor, " cell"]:
+        """Return function(squared distances, *more) of each cell to all of the other set; gradients reach ``more``, not a closure."""
+        return _Blocks.apply(function, self.x, self.y, *more) if self.held is None else function(self.held, *more)
 
-    def columns(self, function: Callable[[Float[Tensor, "row cell"]], Float[Tensor, " row"]]) -> Float[Tensor, " other_cell"]:
+    def columns(self, function: OfRows, *more: Tensor) -> Float[Tensor, " other_cell"]:
         """Return the same for the cells of the other set."""
-        return self._each(function, self.y, self.x, None if self.held is None else self.held.T)
+        return _Blocks.apply(function, self.y, self.x, *more) if self.held is None else function(self.held.T, *more)
 
-    def mean(self, function: Callable[[Tensor], Tensor], x_weights: Tensor, y_weights: Tensor) -> Float[Tensor, ""]:
-        """Return the weighted mean over all pairs of a function of the squared distance."""
-        return x_weights @ self.rows(lambda squares: function(squares) @ y_weights)
+
+@final
+class _Blocks(torch.autograd.Function):
+    """A function of rows of squared distances, block by block.
+
+    Nothing that outlives a block is allocated within one, which torch.utils.checkpoint does: that alone fragments the heap to many
+    times the size of a block.
+    """
 
     @staticmethod
-    def _each(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, held: Tensor | None) -> Tensor:
-        """Apply a function to blocks of rows."""
-        if held is not None:
-            return function(held)
+    def forward(ctx: Any, function: OfRows, x: Tensor, *shared: Tensor) -> Float[Tensor, " cell"]:
+        """Fill in the value of each row."""
+        ctx.function = function
+        ctx.save_for_backward(x, *shared)
+        values = x.new_empty(len(x))
+        for rows in _blocks(x, shared[0]):
+            values[rows] = function(squared_distances(x[rows], shared[0]), *shared[1:])
+        return values
 
-        def block(rows: Tensor) -> Tensor:
-            return function(squared_distances(rows, y))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Float[Tensor, " cell"]) -> tuple[Tensor | None, ...]:
+        """Compute each block again and add up its gradients."""
+        x, *shared = ctx.saved_tensors
+        gradient, *others = (torch.zeros_like(t) for t in (x, *shared))
+        for rows in _blocks(x, shared[0]):
+            with torch.enable_grad():
+                given = [t.detach().requires_grad_() for t in (x[rows], *shared)]
+                value = ctx.function(squared_distances(*given[:2]), *given[2:])
+            gradient[rows], *found = torch.autograd.grad(value, given, slope[rows])
+            for total, part in zip(others, found, strict=True):
+                total += part
+        return None, gradient, *others
 
-        blocks = x.split(max(1, PAIRS // len(y)))
-        return torch.cat([checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) for rows in blocks])
+
+def _blocks(x: Tensor, y: Tensor) -> list[slice]:
+    """Cut x into blocks of rows."""
+    n_rows = max(1, BLOCK // len(y))
+    return [slice(start, start + n_rows) for start in range(0, len(x), n_rows)]
 
 
 def squared_distances(x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cell gene"]) -> Float[Tensor, "cell other_cell"]:
@@ -94,7 +124,7 @@ def squared_distances(x: Float[Tensor, "cell gene"], y: Float[Tensor, "other_cel
 
 def mean_over_pairs(function: Callable[[Tensor], Tensor], x: CellSet, y: CellSet) -> Float[Tensor, ""]:
     """Return Σ_ij w_i v_j function(‖x_i − y_j‖²)."""
-    return Pairs(x.values, y.values).mean(function, x.weights, y.weights)
+    return x.weights @ Pairs(x.values, y.values).rows(lambda squares, weights: function(squares) @ weights, y.weights)
 
 
 def checked(x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weights: Tensor | None = None) -> tuple[CellSet, CellSet]:
