@@ -56,12 +56,8 @@ class Fit:
 
     def _loss(self) -> str:
         """Name the last loss."""
-        last = self.losses["train"][-1]
-        return (
-            f"{self.settings['distance']} {last:.4g}"
-            if self.settings.get("objective") == "paths"
-            else f"-ELBO {last:.4f} per cell and gene"
-        )
+        last, paths = self.losses["train"][-1], self.settings.get("objective") == "paths"
+        return f"{self.settings['distance']} {last:.4g}" if paths else f"-ELBO {last:.4f} per cell and gene"
 
     def report(self, path: str | Path | None = None) -> str:
         """Return how the training went and a verdict on convergence, in words; with a path, also write the HTML report there."""
