@@ -60,17 +60,18 @@ class Guide(PyroModule):
        sum of bias, η and r, so where one goes up the other comes down; independent laws are then too narrow (intervals for fold
        changes and η covered 0.55-0.79 instead of 0.9 in a trial with unequal batches).
 
-    The rest state of each cell comes from the `Encoder`, as wide as the model asks. ``node_batch`` (node, batch) is the share of each
-    batch in the cells of a condition-effect node.
+    The rest state of each cell comes from the `Encoder`, as wide as the model asks; with ``encodes=False`` there is none, and `rest`
+    says so. ``node_batch`` (node, batch) is the share of each batch in the cells of a condition-effect node.
     """
 
-    def __init__(self, model: CellModel, node_batch: Float[Tensor, "node batch"]) -> None:
+    def __init__(self, model: CellModel, node_batch: Float[Tensor, "node batch"], *, encodes: bool = True) -> None:
         """Make one set of parameters for each global site that the model samples."""
         super().__init__()
         names = model.vocabulary
         n_context = len(names.perturbations) + len(names.media) + 1 + len(names.batches)
         self.register_buffer("known_start", model.start)
-        if model.start is None:
+        self.encodes = encodes and model.start is None
+        if self.encodes:
             self.encoder = Encoder(len(names.genes), n_context, model.n_latent, n_hidden=model.n_hidden)
         self.register_buffer("node_batch", node_batch)
         self.register_buffer("basis", model.batch_effect.basis)
@@ -170,9 +171,17 @@ class Guide(PyroModule):
             pyro.sample("z", self.rest(cells))
 
     def rest(self, cells: Cells) -> dist.Distribution:
-        """Return q(z₀ | x, protocol, batch) for each cell; a known start is returned as it is."""
+        """Return q(z₀ | x, protocol, batch) for each cell; a known start is returned as it is.
+
+        Raises a ValueError where a fit learnt no such law.
+        """
         if self.known_start is not None:
             return dist.Delta(self.known_start.expand(len(cells), -1), event_dim=1)
+        if not self.encodes:
+            raise ValueError(
+                "This fit has no q(z0 | x), the law of a cell's rest state given its counts, since objective='paths' compares sets of "
+                "cells: ask predict, effects or predictive_check, or fit with objective='elbo' to ask about given cells."
+            )
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
         # row −1, a cell in no known batch, reads zeros
         batches = torch.nn.functional.pad(torch.eye(self.node_batch.shape[1], device=log_counts.device), (0, 0, 0, 1))[cells.batch]
