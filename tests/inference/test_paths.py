@@ -92,7 +92,8 @@ def test_energy_of_few_cells_rewards_no_smaller_spread(counts: pb.Screen) -> Non
 
 
 def test_questions_of_conditions_are_answered(fit: pb.Fit, counts: pb.Screen, tmp_path: Path) -> None:
-    assert pb.effects(fit, n_draws=2, progress=False)["log_fold_change"].sizes["gene"] == 12
+    with pytest.raises(ValueError, match="judges fold changes by their posterior, and objective='paths' has none"):
+        pb.effects(fit, n_draws=2, progress=False)
     assert "replicated" in pb.predictive_check(fit, counts, n_draws=2, progress=False).gene
     assert "F on eq 5" in fit.report()
     fit.save(tmp_path / "fit")
@@ -112,7 +113,7 @@ def test_questions_of_conditions_are_answered(fit: pb.Fit, counts: pb.Screen, tm
     ],
 )
 def test_questions_of_given_cells_are_refused(fit: pb.Fit, counts: pb.Screen, question: Callable[[pb.Fit, pb.Screen], object]) -> None:
-    with pytest.raises(ValueError, match=r"no q\(z0 \| x\).*compares sets of cells: ask predict, effects or predictive_check, or fit with"):
+    with pytest.raises(ValueError, match=r"no q\(z0 \| x\).*compares sets of cells: ask predict or predictive_check, or fit with"):
         question(fit, counts)
 
 
@@ -122,3 +123,12 @@ def test_a_loss_that_is_not_finite_is_blamed_without_an_encoder(counts: pb.Scree
         model.log_depth.fill_(float("nan"))
     with pytest.raises(pb.NonFiniteLoss, match="not finite at step 0"):
         pb.fit(model, counts, epochs=1, distance="mse", **SHORT)
+
+
+def test_terms_of_assumptions_are_not_left_out_in_silence(screen: pb.Screen) -> None:
+    with pytest.raises(
+        ValueError, match=r"term of SilentInBaseline is a log-density.*UneditedStable, which holds by construction, may stay"
+    ):
+        pb.fit(pb.node(screen, 2, assumptions=[pb.SilentInBaseline()]), screen, objective="paths", epochs=1)
+    stable = pb.fit(pb.node(screen, 2, assumptions=[pb.UneditedStable()]), screen, objective="paths", epochs=1, progress=False)
+    assert stable.settings["objective"] == "paths"

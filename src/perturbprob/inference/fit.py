@@ -140,7 +140,7 @@ def fit(
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
     )
-    check_objective(objective, distance)
+    check_objective(objective, distance, model)
     settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch}
     settings |= {"learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}

@@ -63,9 +63,15 @@ class PathLoss(nn.Module):
         return DISTANCES[self.distance](predicted, measured)
 
 
-def check_objective(objective: str, distance: str) -> None:
-    """Refuse objectives that do not exist."""
+def check_objective(objective: str, distance: str, model: "CellModel") -> None:
+    """Refuse objectives that do not exist, and assumptions whose term a distance cannot take in."""
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}. Use one of {', '.join(map(repr, OBJECTIVES))}.")
     if distance not in (MSE, *DISTANCES):
         raise ValueError(f"Unknown distance {distance!r}. Use one of {', '.join(map(repr, (MSE, *DISTANCES)))}.")
+    termed = [type(bound.assumption).__name__ for bound in model.assumptions if bound.protocols]
+    if objective == "paths" and termed:
+        raise ValueError(
+            f"objective='paths' minimises a distance, and the term of {termed[0]} is a log-density. Fit with objective='elbo', or leave it "
+            "out; UneditedStable, which holds by construction, may stay."
+        )

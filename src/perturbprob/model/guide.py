@@ -180,7 +180,7 @@ class Guide(PyroModule):
         if not self.encodes:
             raise ValueError(
                 "This fit has no q(z0 | x), the law of a cell's rest state given its counts, since objective='paths' compares sets of "
-                "cells: ask predict, effects or predictive_check, or fit with objective='elbo' to ask about given cells."
+                "cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
             )
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
         # row −1, a cell in no known batch, reads zeros
