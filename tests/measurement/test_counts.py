@@ -69,6 +69,33 @@ def make(rate, theta, gate, dtype=torch.float64):
 # References.
 
 
+@pytest.mark.parametrize(("rate", "theta", "gate"), [(r, t, g) for r, t, g in EVERYDAY if g is None or t is not None])
+def test_the_slope_of_drawn_log1p_is_on_average_that_of_its_mean(rate, theta, gate):
+    n, given = 200_000, [torch.tensor([rate]).double().log().requires_grad_()]
+    given += [] if theta is None else [torch.tensor([theta], dtype=torch.double, requires_grad=True)]
+    law = CountLaw(*given) if gate is None else CountLaw(*given, torch.tensor([gate], dtype=torch.double))
+    exact = torch.autograd.grad(law.mean_log1p().sum(), given)
+    # each draw has a parameter of its own, so that its slope is seen alone
+    own = [value.detach().expand(n, 1).clone().requires_grad_() for value in given]
+    drawn = CountLaw(*own) if gate is None else CountLaw(*own, torch.full((n, 1), gate, dtype=torch.double))
+    pyro.set_rng_seed(0)
+    y = drawn.rsample_log1p()
+    assert y.mean().item() == pytest.approx(law.mean_log1p().item(), abs=5 * y.std().item() / n**0.5 + 1e-5)
+    for slope, expected in zip(torch.autograd.grad(y.sum(), own), exact, strict=True):
+        assert slope.mean().item() == pytest.approx(float(expected), abs=5 * float(slope.std()) / n**0.5 + 1e-5)
+
+
+def test_drawn_log1p_are_logs_of_counts_of_every_shape():
+    law = CountLaw(torch.zeros(4, 3), torch.ones(3), torch.full((3,), 0.5))
+    y = law.rsample_log1p(torch.Size([50]))
+    assert y.shape == (50, 4, 3)
+    torch.testing.assert_close(y.expm1(), y.expm1().round(), rtol=1e-5, atol=1e-5)
+    pyro.set_rng_seed(1)
+    drawn = law.rsample_log1p(torch.Size([5]))
+    pyro.set_rng_seed(1)
+    torch.testing.assert_close(drawn, law.sample(torch.Size([5])).log1p())
+
+
 @pytest.mark.parametrize("theta", [0.01, 0.7, 12.0, 300.0])
 def test_the_reference_is_scipy_where_scipy_is_accurate(theta):
     x, mu = np.arange(200.0), 9.0

@@ -59,6 +59,8 @@ def effects(
     check_draws(n_draws)
     if n_draws < 2:
         raise ValueError("effects needs at least 2 draws: fold changes are judged by their posterior deviation.")
+    if fit.settings["objective"] == "paths":
+        raise ValueError("effects judges fold changes by their posterior, and objective='paths' has none. Compare conditions with predict.")
     if not 0 < false_discoveries < 1 or not 0 < prior < 1 or not 0 < level < 1:
         raise ValueError("level, false_discoveries and prior are probabilities between 0 and 1.")
     pairs = _pairs(fit, against)

@@ -52,13 +52,14 @@ class Fit:
     def __repr__(self) -> str:
         """Say in one line what was fitted."""
         names = self.model.vocabulary
-        done = (
-            f"{len(self.losses['train'])} epochs, -ELBO {self.losses['train'][-1]:.4f} per cell and gene"
-            if self.losses["train"]
-            else "untrained"
-        )
+        done = f"{len(self.losses['train'])} epochs, {self._loss()}" if self.losses["train"] else "untrained"
         cells, conditions = len(self.trained_on["cells"]), len(self.trained_on["conditions"])
         return f"Fit({cells} cells × {len(names.genes)} genes, {conditions} conditions, {done})"
+
+    def _loss(self) -> str:
+        """Name the last loss."""
+        last, paths = self.losses["train"][-1], self.settings.get("objective") == "paths"
+        return f"{self.settings['distance']} {last:.4g}" if paths else f"-ELBO {last:.4f} per cell and gene"
 
     def report(self, path: str | Path | None = None) -> str:
         """Return how the training went and a verdict on convergence, in words; with a path, also write the HTML report there."""
@@ -127,8 +128,9 @@ def fit(
     start of the guide,
     the order of the cells and all draws; the user's own random state is left alone.
     ``objective="paths"`` fits no posterior but the deterministic F on the pairs of eq 5, by the ``distance`` between predicted and
-    measured ends: "mse" of pseudobulk rows, or "moment", "energy", "sinkhorn" between sets of cells (eq 23); for screens of
-    continuous values. Its draws are all alike.
+    measured ends: "mse" of pseudobulk rows, or "moment", "energy", "sinkhorn", "mmd" between sets of cells (eq 23). Counts are compared
+    as log1p, cells of a condition in its minibatch as a set; "mse" compares their means. Its draws are all alike, and of counts it learns
+    no law of a single cell's rest state, so nothing that starts from given cells can be asked of it.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     require_screen(screen)
@@ -138,7 +140,7 @@ def fit(
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
     )
-    check_objective(objective, distance, screen)
+    check_objective(objective, distance, model)
     settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch}
     settings |= {"learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
@@ -182,11 +184,11 @@ class _Training:
         n_held = min(int(settings["validation"] * screen.n_cells), screen.n_cells - 1)
         self.held, self.training = order[:n_held], order[n_held:]
         self.settings["steps_per_epoch"] = -(-len(self.training) // settings["minibatch"])
-        self.guide = Guide(model, node_design(model, screen))
+        paths = settings["objective"] == "paths"
+        self.guide = Guide(model, node_design(model, screen), encodes=not paths)
         if screen.values == "counts":
             self.guide.start(model, screen)
         self.guide.to(model.log_share.device)
-        paths = settings["objective"] == "paths"
         self.elbo = PathLoss(model, self.guide, settings["distance"]) if paths else Trace_ELBO()(model, self.guide)
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}
         self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
@@ -258,7 +260,8 @@ class _Training:
     @torch.no_grad()
     def _blame(self, cells: Cells, index: Tensor) -> str:
         """Say at which step, site, batch, cells and genes the loss is not finite."""
-        guide = pyro.poutine.trace(self.guide).get_trace(cells)
+        encodes = self.settings["objective"] == "elbo"
+        guide = pyro.poutine.trace(self.guide).get_trace(cells) if encodes else pyro.poutine.trace(self.guide.globals).get_trace()
         model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
         bad = [n for t in (guide, model) for n, s in t.nodes.items() if s["type"] == "sample" and not _finite(s)]
         law = model.nodes["counts"]["fn"].base_dist

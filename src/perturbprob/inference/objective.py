@@ -1,5 +1,6 @@
 """What `fit` minimises: the ELBO, or the distance between predicted and measured ends of the paths of eq 5."""
 
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -7,24 +8,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perturbprob.inference.draws import sites_at
-from perturbprob.measurement.distances import DISTANCES
+from perturbprob.measurement.counts import CountLaw
+from perturbprob.measurement.distances import DISTANCES, energy, mmd
 from perturbprob.model.cells import Cells
 
 if TYPE_CHECKING:
-    from perturbprob.experiment.screen import Screen
     from perturbprob.model.cell_model import CellModel
     from perturbprob.model.guide import Guide
 
 OBJECTIVES = ("elbo", "paths")
 MSE = "mse"
+UNBIASED = {"energy": partial(energy, unbiased=True), "mmd": partial(mmd, unbiased=True)}
 
 
 @final
 class PathLoss(nn.Module):
     """Σ over conditions of L(F(X, p, m, t), X_{m,t}^p) (eq 5), averaged: F is deterministic, every global site at the centre of its law.
 
-    ``distance`` "mse" compares the predicted value with each row, as for pseudobulks; a distance between sets of cells (eq 23)
-    compares cells drawn around the prediction with the cells of the condition.
+    Of continuous values, ``distance`` "mse" compares the predicted value with each row, as for pseudobulks; a distance between sets of
+    cells (eq 23) compares cells drawn around the prediction with the cells of the condition.
+
+    Of counts, cells start anywhere at rest, z₀ ~ Normal(0, I), and have batch and size factor of the measured cells. Sets are compared as
+    log1p of counts, predicted ones by `CountLaw.rsample_log1p`. "mse" compares the means of log1p over a condition's cells, a pseudobulk:
+    the distance of moments of order 1, which leaves the spread of cells free. Where a distance has an unbiased form, that is taken:
+    a minibatch holds few cells of a condition.
     """
 
     def __init__(self, model: "CellModel", guide: "Guide", distance: str) -> None:
@@ -36,22 +43,35 @@ class PathLoss(nn.Module):
         """Return the loss of a minibatch."""
         sites = sites_at(self.model, self.guide)
         law = self.model.measured(sites, self.model.moved(sites, self.model.at_rest(len(cells)).sample(), cells.protocol), cells)
-        if self.distance == MSE:
-            return (law.mean - cells.counts).square().mean()
-        drawn = law.rsample()
+        mse, measured = self.distance == MSE, cells.counts
+        if isinstance(law, CountLaw):
+            predicted, measured = law.mean_log1p() if mse else law.rsample_log1p(), torch.log1p(measured)
+        elif mse:
+            return (law.mean - measured).square().mean()
+        else:
+            predicted = law.rsample()
         groups = [torch.where(cells.condition == k)[0] for k in cells.condition.unique()]
-        losses = [DISTANCES[self.distance](drawn[group], cells.counts[group]) for group in groups]
-        return torch.stack(losses).mean()
+        return torch.stack([self.between(predicted[group], measured[group]) for group in groups]).mean()
+
+    def between(self, predicted: Float[Tensor, "cell gene"], measured: Float[Tensor, "cell gene"]) -> Float[Tensor, ""]:
+        """Return the distance between the predicted and the measured cells of one condition."""
+        if self.distance == MSE:
+            return (predicted.mean(0) - measured.mean(0)).square().mean()
+        if self.distance in UNBIASED and len(predicted) > 1:
+            # a cell's pair with itself, at distance 0, would reward a smaller spread, the more so the fewer the cells
+            return UNBIASED[self.distance](predicted, measured)
+        return DISTANCES[self.distance](predicted, measured)
 
 
-def check_objective(objective: str, distance: str, screen: "Screen") -> None:
-    """Refuse objectives that do not exist, or that do not fit what was measured."""
+def check_objective(objective: str, distance: str, model: "CellModel") -> None:
+    """Refuse objectives that do not exist, and assumptions whose term a distance cannot take in."""
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}. Use one of {', '.join(map(repr, OBJECTIVES))}.")
     if distance not in (MSE, *DISTANCES):
         raise ValueError(f"Unknown distance {distance!r}. Use one of {', '.join(map(repr, (MSE, *DISTANCES)))}.")
-    if objective == "paths" and screen.values == "counts":
+    termed = [type(bound.assumption).__name__ for bound in model.assumptions if bound.protocols]
+    if objective == "paths" and termed:
         raise ValueError(
-            "objective='paths' needs continuous values: counts have a law, and objective='elbo' fits it. "
-            "To train on eq 5, take screen.pseudobulk(), or read normalised cells with values='continuous'."
+            f"objective='paths' minimises a distance, and the term of {termed[0]} is a log-density. Fit with objective='elbo', or leave it "
+            "out; UneditedStable, which holds by construction, may stay."
         )

@@ -120,7 +120,7 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a screen of one batch means was said when the model was made
         model = fill(parts, facts["recipe"]["arguments"], field)
-    guide = Guide(model, tensors["guide"]["node_design"])
+    guide = Guide(model, tensors["guide"]["node_design"], encodes=any(name.startswith("encoder.") for name in tensors["guide"]))
     model.load_state_dict(state)
     guide.load_state_dict(tensors["guide"])
     model.transition.solver.n_steps = facts["solver_steps"]

@@ -95,6 +95,29 @@ class CountLaw(TorchDistribution):
             counts = torch.poisson(rate)
             return counts if self.gate is None else counts * torch.bernoulli(1 - self.gate.expand(shape))
 
+    def rsample_log1p(self, sample_shape: torch.Size = torch.Size()) -> Float[Tensor, "*draw_plate_gene"]:  # noqa: B008
+        """Draw y = log(1 + x), with a derivative that is right on average.
+
+        A count cannot be moved by a little, but for x ~ Poisson(λ) of any f, d/dλ E f(x) = E[f(x + 1) − f(x)]. So y gets
+        ∂y/∂λ = log(2 + x) − log(1 + x), and λ is μ itself, or μ times a draw from Gamma(θ, θ) with its own (implicit) derivative. The
+        gradient of a mean of y in log μ and θ is then unbiased; that of a distance between sets of cells (eq 23), which is not linear in
+        y, is right to first order in these steps. Extra zeros are drawn, and scale the gradient, but the gate has none of its own.
+
+        >>> log_rate = torch.zeros(100_000, requires_grad=True)
+        >>> CountLaw(log_rate).rsample_log1p().mean().backward()
+        >>> exact = sum((math.log(x + 2) - math.log(x + 1)) * math.exp(-1) / math.factorial(x) for x in range(20))
+        >>> abs(float(log_rate.grad.sum()) - exact) < 0.01
+        True
+        """
+        shape = self._extended_shape(sample_shape)
+        rate = self.log_rate.exp().expand(shape)
+        if self.dispersion is not None:
+            theta = self.dispersion.expand(shape)
+            rate = torch.distributions.Gamma(theta, theta, validate_args=False).rsample() * rate
+        counts = torch.poisson(rate.detach())
+        drawn = torch.log1p(counts) + torch.log1p(1 / (1 + counts)) * (rate - rate.detach())
+        return drawn if self.gate is None else drawn * torch.bernoulli(1 - self.gate.detach().expand(shape))
+
     def mean_log1p(self) -> Float[Tensor, "*plate gene"]:
         """E[log(1 + x)], by quadrature.
 

@@ -62,18 +62,20 @@ class Guide(PyroModule):
        sum of bias, η and r, so where one goes up the other comes down; independent laws are then too narrow (intervals for fold
        changes and η covered 0.55-0.79 instead of 0.9 in a trial with unequal batches).
 
-    The rest state of each cell comes from the `Encoder`, as wide as the model asks. ``node_design`` (node, block) is the mean over the
-    cells of a condition-effect node of `BatchEffect.design`, how bias and batch effects of a gene add up in a cell.
+    The rest state of each cell comes from the `Encoder`, as wide as the model asks; with ``encodes=False`` there is none, and `rest`
+    says so. ``node_design`` (node, block) is the mean over the cells of a condition-effect node of `BatchEffect.design`, how bias and
+    batch effects of a gene add up in a cell.
     """
 
-    def __init__(self, model: CellModel, node_design: Float[Tensor, "node block"]) -> None:
+    def __init__(self, model: CellModel, node_design: Float[Tensor, "node block"], *, encodes: bool = True) -> None:
         """Make one set of parameters for each global site that the model samples."""
         super().__init__()
         names = model.vocabulary
         self.n_batches = model.batch_effect.n_batches
         n_context = len(names.perturbations) + len(names.media) + 1 + self.n_batches
         self.register_buffer("known_start", model.start)
-        if model.start is None:
+        self.encodes = encodes and model.start is None
+        if self.encodes:
             self.encoder = Encoder(len(names.genes), n_context, model.n_latent, n_hidden=model.n_hidden)
         self.register_buffer("node_design", node_design)
         with torch.random.fork_rng():
@@ -175,9 +177,17 @@ class Guide(PyroModule):
             pyro.sample("z", self.rest(cells))
 
     def rest(self, cells: Cells) -> dist.Distribution:
-        """Return q(z₀ | x, protocol, batch) for each cell; a known start is returned as it is."""
+        """Return q(z₀ | x, protocol, batch) for each cell; a known start is returned as it is.
+
+        Raises a ValueError where a fit learnt no such law.
+        """
         if self.known_start is not None:
             return dist.Delta(self.known_start.expand(len(cells), -1), event_dim=1)
+        if not self.encodes:
+            raise ValueError(
+                "This fit has no q(z0 | x), the law of a cell's rest state given its counts, since objective='paths' compares sets of "
+                "cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
+            )
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
         # a cell in no known batch, or in one that the fit was adapted to later, reads zeros
         known = torch.where(cells.batch < self.n_batches, cells.batch, -1)
