@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from perturbprob.measurement.batch_effect import BatchEffect, zero_sum_basis
+from perturbprob.measurement.batch_effect import BatchEffect, nested_basis, zero_sum_basis
 
 
 def shares(n_genes, seed=0):
@@ -34,7 +34,7 @@ def test_the_basis_is_orthonormal_and_sums_to_zero(n):
 def test_effects_sum_to_zero_over_batches_and_to_zero_over_genes_by_share(n_batches, n_genes, seed):
     pyro.set_rng_seed(seed)
     share = shares(n_genes, seed)
-    eta = BatchEffect(n_batches, share)()
+    eta = BatchEffect(n_batches, share)()["batch_effect"]
     assert eta.shape == (n_batches, n_genes)
     assert eta.sum(0).abs().max() < 1e-6 * (1 + eta.abs().max())
     assert (eta @ share).abs().max() < 1e-6 * (1 + eta.abs().max())
@@ -77,7 +77,8 @@ def test_a_new_batch_is_a_normal_draw_with_each_genes_scale_centred_by_share():
     torch.manual_seed(0)
     share, scale, n = shares(4), torch.tensor([0.1, 0.5, 1.0, 2.0]), 20_000
     block = BatchEffect(3, share)
-    draws = torch.stack([block.new(scale) for _ in range(n)]).double()
+    sites = {"batch_scale": scale, "batch_effect": torch.zeros(3, 4)}
+    draws = torch.stack([block.with_new(sites)["batch_effect"][-1] for _ in range(n)]).double()
     assert (draws @ share.double()).abs().max() < 1e-6
     centre = torch.eye(4, dtype=torch.float64) - share.double()
     expected = centre @ torch.diag(scale.double() ** 2) @ centre.T
@@ -94,4 +95,90 @@ def test_one_batch_has_no_effect_and_says_so_once():
         trace = pyro.poutine.trace(block).get_trace()
     assert len(said) == 1
     assert not [name for name, site in trace.nodes.items() if site["type"] == "sample"]
-    assert torch.equal(trace.nodes["_RETURN"]["value"], torch.zeros(1, 6))
+    assert torch.equal(trace.nodes["_RETURN"]["value"]["batch_effect"], torch.zeros(1, 6))
+
+
+# Forms.
+
+
+def parts(block, seed=0):
+    """The parts of η and the sites behind them, from the prior."""
+    pyro.set_rng_seed(seed)
+    trace = pyro.poutine.trace(block).get_trace()
+    return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"} | trace.nodes["_RETURN"]["value"]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 6), st.integers(0, 3), st.integers(0, 4), st.integers(0, 100))
+def test_whatever_the_state_and_media_effects_sum_to_zero(n_batches, n_media, n_latent, seed):
+    share, n = shares(6, seed), 5
+    block = BatchEffect(n_batches, share, n_media=n_media, n_latent=n_latent)
+    sites = parts(block, seed)
+    z, media = torch.randn(n, n_latent), torch.eye(n, n_media)
+    eta = torch.stack([block.at(sites, torch.full((n,), b), z, media) for b in range(n_batches)])
+    torch.testing.assert_close(eta.sum(0), torch.zeros(n, 6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(eta @ share, torch.zeros(n_batches, n), atol=1e-5, rtol=0)
+    assert torch.equal(block.at(sites, torch.full((n,), -1), z, media), torch.zeros(n, 6))
+
+
+def test_effects_by_state_and_media_are_linear_in_both():
+    block = BatchEffect(3, shares(4), n_media=2, n_latent=2)
+    sites = parts(block)
+    batch, z, media = torch.tensor([0, 2]), torch.randn(7, 2, 2), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    found = block.at(sites, batch, z, media)
+    for draw in range(7):
+        for cell, b in enumerate(batch.tolist()):
+            expected = sites["batch_effect"][b] + media[cell] @ sites["batch_media_effect"][:, b]
+            torch.testing.assert_close(found[draw, cell], expected + z[draw, cell] @ sites["batch_state_effect"][:, b])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12))
+def test_a_nested_basis_is_orthonormal_zero_sum_and_within_or_between(groups):
+    groups = [sorted(set(groups)).index(g) for g in groups]
+    basis, between = nested_basis(groups)
+    n = len(groups)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(n - 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(basis.sum(0), torch.zeros(n - 1), atol=1e-5, rtol=0)
+    assert int(between.sum()) == len(set(groups)) - 1
+    for g in set(groups):
+        own = basis[torch.tensor(groups) == g]
+        torch.testing.assert_close(own[:, between == 0].sum(0), torch.zeros(int((between == 0).sum())), atol=1e-5, rtol=0)
+        assert ((own - own.mean(0))[:, between == 1].abs() < 1e-5).all()
+
+
+def test_batches_in_one_screen_are_as_before_and_screens_have_a_scale_of_their_own():
+    assert torch.equal(nested_basis([0, 0, 0])[0], zero_sum_basis(3))
+    alone, nested = BatchEffect(4, shares(5), groups=[0, 0, 0, 0]), BatchEffect(4, shares(5), groups=[0, 0, 1, 1])
+    assert "batch_screen_ratio" not in parts(alone)
+    sites = parts(nested)
+    trace = pyro.poutine.trace(nested)
+    pyro.set_rng_seed(0)
+    law = trace.get_trace().nodes["batch_coordinate"]["fn"].base_dist
+    torch.testing.assert_close(law.scale[0], sites["batch_screen_ratio"] * sites["batch_scale"])
+    torch.testing.assert_close(law.scale[1:], sites["batch_scale"].expand(2, 5))
+
+
+def test_the_regression_moves_the_mean_of_batches_by_their_covariates():
+    covariates = torch.randn(10, 2, generator=torch.Generator().manual_seed(1))
+    block = BatchEffect(10, shares(5), covariates=covariates)
+    pyro.set_rng_seed(0)
+    trace = pyro.poutine.trace(block).get_trace()
+    slope, mean = trace.nodes["batch_covariate_effect"]["value"], trace.nodes["batch_coordinate"]["fn"].base_dist.loc
+    centred = (covariates - covariates.mean(0)) / covariates.std(0)
+    torch.testing.assert_close(block.effect(mean), centred @ slope, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "covariates", "message"),
+    [
+        (7, torch.randn(7, 1), "learnt across batches only, and 7 are too few: at least 8 are needed"),
+        (8, torch.randn(7, 1), r"one finite row for each of the 8 batches; got \(7, 1\)"),
+        (8, torch.full((8, 1), torch.nan), "one finite row"),
+        (8, torch.ones(8, 1), "the same in every batch"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_covariates_from_which_nothing_can_be_learnt_are_refused(n, covariates, message):
+    with pytest.raises(ValueError, match=message):
+        BatchEffect(n, shares(3), covariates=covariates)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded, warn_if_large
 from perturbprob.measurement.counts import CountLaw
@@ -188,8 +189,11 @@ class Expectation:
         self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0
     ) -> None:
         """Encode the protocols and place the points."""
-        self.fit, self.model, self.batches = fit, fit.model, list(batches)
+        self.fit, self.model = fit, fit.model
         names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
+        self.new = len(names.batches)
+        codes = [-1 if b is None else self.new if b == "new" else names.batch_code(b) for b in batches]
+        self.batch = torch.tensor(codes, device=device)
         points = SobolEngine(fit.model.n_latent + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
         self.z = fit.model.rest_points(points[:, 1:].to(device))
         depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
@@ -203,22 +207,33 @@ class Expectation:
         self.parts = [torch.arange(k, min(k + size, len(protocols))) for k in range(0, len(protocols), size)]
 
     def complete(self, sites: Sites) -> Sites:
-        """Return one draw of the global sites with the effects of nodes that were not measured drawn too."""
-        return self.model.condition_effect.completed(sites, self.extra)
+        """Return one draw of the global sites with the effects of nodes that were not measured drawn too, and of a new batch."""
+        sites = self.model.condition_effect.completed(sites, self.extra)
+        return self.model.batch_effect.with_new(sites) if (self.batch == self.new).any() else sites
 
     @torch.no_grad()
     def log_shares(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:
         """Return the log share of each gene in each rest state and row."""
+        return self.model.log_shares(sites, self._state(part, sites), self.rows[part])
+
+    @torch.no_grad()
+    def log_rates(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:
+        """Return the same with the effect of each row's batch: of its name, of one never seen, or none."""
+        state = self._state(part, sites)
+        eta = self.model.batch_effect.at(sites, self.batch[part], state.z, state.media)
+        return self.model.log_shares(sites, state, self.rows[part]) + eta
+
+    def _state(self, part: Int[Tensor, " part"], sites: Sites) -> CellState:
+        """Carry the rest states through the protocols of some rows."""
         z = self.z[:, None].expand(-1, len(part), -1)
-        state = self.model.moved(sites, z, [s[part] for s in self.segments])
-        return self.model.log_shares(sites, state, self.rows[part])
+        return self.model.moved(sites, z, [s[part] for s in self.segments])
 
     @torch.no_grad()
     def means(
         self, sites: Sites, part: Int[Tensor, " part"], scale: str, n_cells: Float[Tensor, "part 1"] | None
     ) -> Float[Tensor, "part gene"]:
         """Return the mean over cells of each row, with the noise of a sample of so many cells where asked."""
-        log_rate = self.log_shares(sites, part) + torch.stack([self._eta(sites, self.batches[k]) for k in part])
+        log_rate = self.log_rates(sites, part)
         depth = self.log_depth[part].T[..., None]
         law = self.model.law(sites, log_rate + depth)
         own = {"rate": log_rate.exp, "log1p": lambda: interpolated_log1p(law)}.get(scale, lambda: law.mean)
@@ -229,14 +244,6 @@ class Expectation:
         if scale == "rate":
             variance = (law.variance / (2 * depth).exp()).mean(0) + log_rate.exp().var(0)
         return mean + torch.randn_like(mean) * (variance / n_cells.to(mean)).sqrt()
-
-    def _eta(self, sites: Sites, batch: str | None) -> Float[Tensor, " gene"]:
-        """Return the batch effect of a name, of a new batch, or none."""
-        if batch is None:
-            return torch.zeros_like(self.model.log_share)
-        if batch == "new":
-            return self.model.batch_effect.new(sites["batch_scale"]) if "batch_scale" in sites else torch.zeros_like(self.model.log_share)
-        return sites["batch_effect"][self.model.vocabulary.batch_code(batch)]
 
 
 def interpolated_log1p(law: CountLaw) -> Float[Tensor, "... gene"]:

@@ -170,13 +170,12 @@ class BatchEffect(PyroModule):
         batch: Int[Tensor, " cell"],
         z: Float[Tensor, "*plate cell latent"],
         media: Float[Tensor, "cell media"],
-    ) -> Float[Tensor, "*plate cell gene"]:
+    ) -> Float[Tensor, "*eta cell gene"]:
         """Return η^b(z, m) of cells, given the parts of η, each cell's batch (−1: none, 0), its state and the marks of its media."""
         eta = _rows(sites["batch_effect"], batch)
-        if "batch_media_effect" in sites:
-            eta = eta + torch.einsum("cm,...mcg->...cg", media, _rows(sites["batch_media_effect"], batch))
-        if "batch_state_effect" in sites:
-            eta = eta + torch.einsum("...cl,...lcg->...cg", z, _rows(sites["batch_state_effect"], batch))
+        for name, read in (("batch_media_effect", media), ("batch_state_effect", z)):
+            for k, part in enumerate(sites[name].unbind(-3) if name in sites else ()):
+                eta = eta + read[..., k, None] * _rows(part, batch)
         return eta
 
     def with_new(self, sites: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -206,8 +205,8 @@ class BatchEffect(PyroModule):
         return self.share.new_tensor(value).log()
 
 
-def _rows(effect: Float[Tensor, "*of batch gene"], batch: Int[Tensor, " cell"]) -> Float[Tensor, "*of cell gene"]:
-    """Return the row of each cell's batch; code −1 reads 0."""
+def _rows(effect: Float[Tensor, "*draw batch gene"], batch: Int[Tensor, " cell"]) -> Float[Tensor, "*eta cell gene"]:
+    """Return the row of each cell's batch; code −1 reads 0. Draws in front broadcast against the cells (Vindex)."""
     return Vindex(torch.nn.functional.pad(effect, (0, 0, 0, 1)))[..., batch, :]
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "known_noise": partial(Normal, learnt=False),
 }
 CONTINUOUS = ("normal", "known_noise")
+BATCH_EFFECTS = ("constant", "state")
 
 
 def node(
@@ -38,6 +40,7 @@ def node(
     *,
     assumptions: Sequence[Assumption] = (),
     measurement: str | None = None,
+    batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
     field: nn.Module | None = None,
     solver: str = "rk4",
@@ -47,7 +50,9 @@ def node(
 
     ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
     "zero_inflated_negative_binomial" (default), "negative_binomial", "poisson". ``assumptions`` are objects such as
-    `SteadyState`; each adds its term to the fit. ``field`` is any module
+    `SteadyState`; each adds its term to the fit. ``batch_effect`` is "constant" (default), a batch effect for each batch and gene;
+    "state", which also lets it depend on the media and the latent state (a drug that acts otherwise in each patient); or a table of
+    covariates of the batches, one row for each, on which the batch effects are regressed (see `BatchEffect`). ``field`` is any module
     ``field(z, perturbation, media, clock)`` that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq;
     ``seed`` starts the networks. The screen gives names and the share of each gene in all counts; nothing of it is kept.
 
@@ -59,12 +64,26 @@ def node(
     for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
-    measurement = _measurement(screen, measurement)
+    arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
     facts = _facts(screen) | {"assumptions": bind(assumptions, screen)}
-    n_latent = n_latent if facts["start"] is None else screen.n_genes
+    arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden, "solver": solver}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return fill(facts, {"n_latent": n_latent, "measurement": measurement, "n_hidden": n_hidden, "solver": solver}, field)
+        return fill(facts, arguments, field)
+
+
+def _batch_effect(screen: Screen, form: str | pd.DataFrame | dict[str, Any]) -> str | dict[str, Any]:
+    """Return the form of the batch effects as JSON can hold it: a word, or the covariates of each batch."""
+    if isinstance(form, str):
+        if form not in BATCH_EFFECTS:
+            raise ValueError(f"Unknown batch_effect {form!r}. Use {', '.join(map(repr, BATCH_EFFECTS))}, or a table of covariates.")
+        return form
+    table = pd.DataFrame(form)
+    if missing := [b for b in screen.batches if b not in table.index]:
+        raise ValueError(f"The table of covariates has no row for {', '.join(map(repr, missing[:3]))}: its index names the batches.")
+    if not all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes):
+        raise ValueError(f"Covariates of batches are numbers; the columns hold {', '.join(map(str, table.dtypes))}.")
+    return table.loc[list(screen.batches)].astype(float).to_dict()
 
 
 def _measurement(screen: Screen, name: str | None) -> str:
@@ -85,6 +104,7 @@ def _facts(screen: Screen) -> dict[str, Any]:
     """Return what a structure needs to know of a screen."""
     vocabulary = Vocabulary.of(screen)
     facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
+    facts["groups"] = None
     if screen.values == "continuous":
         return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
     totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
@@ -103,6 +123,16 @@ def _order(protocol: Protocol) -> tuple[bool, str, float]:
     return bool(protocol.perturbations), protocol.media or "", protocol.time
 
 
+def _batches(facts: dict[str, Any], form: str | dict[str, Any], n_latent: int) -> BatchEffect:
+    """Make the batch effects in one of their forms."""
+    vocabulary, how = facts["vocabulary"], dict[str, Any]()
+    if form == "state":
+        how = {"n_media": len(vocabulary.media), "n_latent": n_latent if facts["start"] is None else 0}
+    elif isinstance(form, dict):
+        how = {"covariates": torch.tensor([[column[b] for column in form.values()] for b in vocabulary.batches])}
+    return BatchEffect(len(vocabulary.batches), facts["log_share"].exp(), groups=facts["groups"], **how)
+
+
 def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
     """Fill the slots from the facts of a screen and the arguments of `node`."""
     vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
@@ -114,7 +144,7 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
         NeuralODE(n_latent, field=moving, solver=Solver(arguments["solver"])),
         Decoder(n_latent, n_genes, n_hidden=n_hidden) if start is None else Identity(),
         HEADS[arguments["measurement"]](n_genes),
-        BatchEffect(len(vocabulary.batches), facts["log_share"].exp()),
+        _batches(facts, arguments["batch_effect"], n_latent),
         ConditionEffect(facts["nodes"], n_genes),
         n_latent=n_latent,
         n_hidden=n_hidden,
@@ -126,6 +156,7 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
             "structure": "node",
             "arguments": arguments,
             "assumptions": [b.to_json() for b in bound],
+            "groups": facts["groups"],
             "field": None if field is None else type(field).__qualname__,
         },
     )
