@@ -34,8 +34,8 @@ class Plate:
     >>> plate = read_wells(["A1", "B2", "B2", "H12"], plate=96)
     >>> plate.wells, plate.well
     (('A1', 'B2', 'H12'), array([0, 1, 1, 2]))
-    >>> plate.place[["row", "column", "edge", "distance"]].loc["B2"].tolist()
-    [1, 1, False, 1]
+    >>> plate.place["distance"].tolist(), plate.place["edge"].tolist()
+    ([0, 1, 0], [True, False, True])
     """
 
     wells: tuple[str, ...]
