@@ -209,6 +209,18 @@ def test_papalexi_and_zhao_alias_nothing(data_path):
         assert screen.layout.batches_with_control == screen.batches
 
 
+def test_a_large_layout_of_two_factors_has_the_rank_of_its_graph():
+    random = np.random.default_rng(0)
+    part = random.integers(0, 4, 1000)  # perturbations and batches in four parts that share nothing
+    perturbation, batch = np.repeat(np.arange(1000), 5), random.integers(0, 12, 5000) + 12 * np.repeat(part, 5)
+    levels = {"perturbation": Levels(perturbation, [f"p{k}" for k in range(1000)]), "batch": Levels(batch, [f"b{k}" for k in range(48)])}
+    design = Design(levels)
+    assert (design.n_effects, design.deficiency) == (1 + 999 + 47, 3)
+    assert sorted(map(len, design.comparable("batch"))) == [12] * 4
+    assert sorted(map(len, design.comparable("perturbation"))) == sorted(np.bincount(part))
+    assert all(alias.exact for alias in design.aliases)
+
+
 def test_an_alias_of_more_than_two_factors_is_said():
     said = str(Alias({"media": ("dox",), "time": ("2 h", "3 h"), "batch": ("l3",)}, exact=False))
     assert said == "the effects of media dox, times 2 h, 3 h and batch l3 cannot be told apart: together they can change without a trace."

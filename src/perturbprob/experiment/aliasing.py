@@ -48,7 +48,8 @@ class Design:
     """The additive design of a layout: a mean, the factors' effects against their first level, and declared interactions.
 
     ``factors``: for each factor its levels in the rows of the layout; a factor with one level has no effect. ``interactions`` such as
-    ``"perturbation:media"`` add one effect for each combination that occurs without the first level of any of its factors.
+    ``"perturbation:media"`` add one effect for each combination that occurs without the first level of any of its factors;
+    with a factor of one level they add nothing.
 
     - ``n_effects``: how many effects the design has, the mean included; ``rank``: how many can be told apart;
       ``deficiency``: the difference.
