@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ["scanpy", "arviz", "matplotlib", "numba", "joblib", "lightning", "typer", "sklearn", "ot"]
+HEAVY = ["scanpy", "arviz", "matplotlib", "numba", "joblib", "lightning", "typer", "sklearn", "ot", "networkx"]
 
 
 def test_import_loads_no_heavy_package_and_warns_of_nothing() -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import perturbprob as pb
 from perturbprob import plots
 from perturbprob.inference.predict import labelled
-from perturbprob.plots import of_fit
+from perturbprob.plots import of_fit, of_screen
 
 matplotlib.use("Agg")
 
@@ -104,7 +104,7 @@ def test_figures_can_be_drawn_into_axes_of_the_user(fit, screen):
     figure = Figure(figsize=(8, 4))
     left, right = figure.subfigures(1, 2)[0].subplots(1, 2)
     assert plots.losses(fit, ax=left) is figure
-    assert plots.layout(screen, ax=right) is figure
+    assert plots.layout(screen, kind="table", ax=right) is figure
     assert (left.get_xlabel(), right.get_ylabel()) == ("epoch", "perturbation")
 
 
@@ -245,7 +245,7 @@ def test_effects_refuses_a_screen_without_perturbations(hits):
 
 
 def test_layout_counts_cells_with_control_on_top(screen):
-    (axes, _) = plots.layout(screen).axes
+    (axes, _) = plots.layout(screen, kind="table").axes
     counts = axes.images[0].get_array()
     rows, columns = names_of(axes), names_of(axes, "x")
     assert rows == ["control", *screen.perturbations]
@@ -261,11 +261,46 @@ def test_layout_counts_cells_with_control_on_top(screen):
     assert [line.get_ydata()[0] for line in axes.lines] == [0.5]
 
 
+def nodes_of(axes):
+    """The heights of the nodes on each side."""
+    points = np.concatenate([collection.get_offsets() for collection in axes.collections])
+    return [np.sort(points[points[:, 0] == side, 1]) for side in (0, 1)]
+
+
+def test_layout_joins_each_condition_to_its_batches(screen):
+    part = screen[(screen.batch > 0) | (np.arange(screen.n_cells) % 2 == 0)]
+    part = part[~np.isin(part.condition, part.layout._is_control.nonzero()[0]) | (part.batch == 0)]  # one batch holds control
+    (axes,) = plots.layout(part).axes
+    conditions, batches = nodes_of(axes)
+    names = [text.get_text() for text in axes.texts]
+    named = dict(zip([name.split(": ")[0] for name in names], [text.get_position()[1] for text in axes.texts], strict=True))
+    cells = part.summary().groupby(level=["perturbation", "media"]).sum()
+    assert (len(conditions), len(batches)) == cells.shape
+    ends = {tuple(line.get_ydata()): line for line in axes.lines}
+    assert len(ends) == len(axes.lines) == len(part.layout.valid_set)
+    for perturbation, media, batch in part.layout.valid_set:
+        line = ends[named[f"{perturbation} · {media}"], named[batch]]
+        assert (line.get_color() == "#0072B2") == ((perturbation, media) == ("control", "rest"))
+    widths = {n: ends[named[f"{p} · {m}"], named[b]].get_linewidth() for (p, m), row in cells.iterrows() for b, n in row.items() if n}
+    assert [widths[n] for n in sorted(widths)] == sorted(widths.values())
+    assert "batch with control in baseline media: 1" in texts(axes.get_legend().get_texts())
+    assert f"{part.batches[0]}: {(part.batch == 0).sum()} cells" in names
+
+
+def test_layout_is_a_graph_while_it_can_be_read(screen, monkeypatch):
+    assert not plots.layout(screen).axes[0].images
+    monkeypatch.setattr(of_screen, "_GRAPH", (2, 2))
+    assert plots.layout(screen).axes[0].images
+    assert not plots.layout(screen, kind="graph").axes[0].images
+    with pytest.raises(ValueError, match=r"kind='grap' is neither 'graph' nor 'table'\. Did you mean 'graph'"):
+        plots.layout(screen, kind="grap")
+
+
 def test_layout_leaves_empty_fields_blank_and_drops_empty_columns(screen):
     part = screen[[p.perturbation == "control" or p.time == 1.0 for p in np.array(screen.conditions, dtype=object)[screen.condition]]]
     late_control = np.array([p.perturbation == "control" and p.time == 2.0 for p in part.conditions])[part.condition]
     part = part[~late_control | (part.batch == 0)]
-    axes = plots.layout(part).axes[0]
+    axes = plots.layout(part, kind="table").axes[0]
     counts = axes.images[0].get_array()
     assert [name.split(" · ", 1)[1] for name in names_of(axes, "x")] == ["day 1 · batch1", "day 1 · batch2", "day 2 · batch1"] * 2
     assert np.ma.getmaskarray(counts).tolist() == [[False] * 6, *[[False, False, True] * 2] * 2]
@@ -274,7 +309,7 @@ def test_layout_leaves_empty_fields_blank_and_drops_empty_columns(screen):
 
 def test_layout_of_one_media_names_time_and_batch_only(screen):
     rest = screen[[p.media is None for p in np.array(screen.conditions, dtype=object)[screen.condition]]]
-    axes = plots.layout(rest).axes[0]
+    axes = plots.layout(rest, kind="table").axes[0]
     assert axes.get_xlabel() == "time · batch"
     assert names_of(axes, "x")[0] == "day 1 · batch1"
 

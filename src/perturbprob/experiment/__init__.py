@@ -1,8 +1,21 @@
 """What was done to the cells, and what was seen: protocols, screens and their layout."""
 
-from perturbprob.experiment import datasets, split
+from perturbprob.experiment import datasets, plate, split
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait
 from perturbprob.experiment.layout import Layout
 from perturbprob.experiment.screen import Screen, ScreenWarning
 
-__all__ = ["Activation", "Interference", "Knockout", "Layout", "Media", "Protocol", "Screen", "ScreenWarning", "Wait", "datasets", "split"]
+__all__ = [
+    "Activation",
+    "Interference",
+    "Knockout",
+    "Layout",
+    "Media",
+    "Protocol",
+    "Screen",
+    "ScreenWarning",
+    "Wait",
+    "datasets",
+    "plate",
+    "split",
+]

@@ -1,20 +1,27 @@
 """How cells are spread over conditions and batches, and what that leaves unknowable."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
+from perturbprob.experiment.aliasing import Alias, Design
 from perturbprob.experiment.paths import Pair, paths
+from perturbprob.experiment.reading import Levels, some
 
 if TYPE_CHECKING:
+    import networkx
+
     import perturbprob.experiment.screen
 
 _FEW = 30  # below this many cells a condition is named in the report
+_SENTENCES = 5  # more aliases are counted in the report, not written out
 _EFFECT = {
     "perturbation": "the effect of a perturbation",
     "media": "the effect of a media",
@@ -27,12 +34,17 @@ _EFFECT = {
 class Layout:
     """The layout of a screen: which conditions were seen in which batches, and by how many cells.
 
-    ``cells`` is `Screen.summary`: conditions × batches.
+    - ``cells`` is `Screen.summary`: conditions × batches.
+    - `valid_set` is V of eq 16, `graph()` the same as a graph, `components()` its parts. As in eq 16, time is no part of them: a
+      perturbation in a media counts as seen in a batch at whatever time. What times cost is in the design:
+    - `design()`, additive in perturbation, media, time and batch, with its `rank`; `aliases()` says what it cannot tell apart.
 
     >>> from perturbprob.experiment import datasets
     >>> layout = datasets.ishikawa2023().layout
-    >>> layout.confounded()
-    [('time', 'batch')]
+    >>> layout.confounded(), layout.connected, (layout.rank, layout.deficiency)
+    ([('time', 'batch')], True, (27, 3))
+    >>> print(layout.aliases()[0])
+    time 3 day appears only in batch d3_2, which holds no other time: its effect cannot be told from that of batch d3_2.
     >>> print(layout.report())
     cells: 14,945; conditions: 96 (perturbations: 23 and control; media: 1; times: 4); batches: 4
     ...
@@ -42,11 +54,87 @@ class Layout:
         """Take the table of cells from a screen."""
         self.cells, self._screen = screen.summary(), screen
         self._is_control = np.array([not p.perturbations for p in screen.conditions])
-        self._time_unit = screen.time_unit
+        self._time_unit, self._baseline = screen.time_unit, screen.baseline or "baseline"
 
     def batches_without_control(self) -> tuple[str, ...]:
         """Return the batches in which no cell is control."""
         return tuple(self.cells.columns[self.cells[self._is_control].sum() == 0])
+
+    @cached_property
+    def valid_set(self) -> frozenset[tuple[str, str, str]]:
+        """V of eq 16: the (perturbation, media, batch) that hold at least one cell, at whatever time.
+
+        >>> from perturbprob.experiment import datasets
+        >>> ("NANOG", "hiPSC_maintenance", "d5_4") in datasets.ishikawa2023().layout.valid_set
+        True
+        """
+        return frozenset(self._pairs.index.to_flat_index())
+
+    @property
+    def batches_with_control(self) -> tuple[str, ...]:
+        """V_00 of eqs 16-17: the batches that hold control in baseline media, untouched cells X."""
+        return tuple(b for b in self.cells.columns if ("control", self._baseline, b) in self.valid_set)
+
+    @property
+    def connected(self) -> bool:
+        """Whether a walk over shared conditions leads from each batch to each other one."""
+        return len(self.components()) == 1
+
+    def components(self) -> tuple[tuple[str, ...], ...]:
+        """Return the batches in parts that share no condition (perturbation in a media) with each other, the largest part first.
+
+        Differences between parts are differences of batches or of conditions: the cells do not say which.
+        """
+        condition, _ = pd.factorize(self._pairs.index.droplevel("batch"))
+        batch = self.cells.columns.get_indexer(self._pairs.index.get_level_values("batch"))
+        seen = csr_array((np.ones(len(batch)), (batch, condition)), shape=(self.cells.shape[1], condition.max() + 1))
+        _, part = connected_components(seen @ seen.T, directed=False)
+        parts = [tuple(self.cells.columns[part == k]) for k in range(part.max() + 1)]
+        return tuple(sorted(parts, key=len, reverse=True))
+
+    def graph(self) -> "networkx.Graph":
+        """Return V as a bipartite graph of conditions and batches (Figure 6).
+
+        Nodes are ``(perturbation, media)`` with ``bipartite=0`` and names of batches with ``bipartite=1``; an edge joins a condition to
+        each batch that holds it, with the number of its ``cells`` there.
+
+        >>> from perturbprob.experiment import datasets
+        >>> graph = datasets.ishikawa2023().layout.graph()
+        >>> graph.number_of_nodes(), graph.number_of_edges(), graph.edges[("NANOG", "hiPSC_maintenance"), "d5_4"]["cells"]
+        (28, 96, 284)
+        """
+        import networkx
+
+        graph = networkx.Graph()
+        graph.add_nodes_from(self._pairs.index.droplevel("batch").unique(), bipartite=0)
+        graph.add_nodes_from(self.cells.columns, bipartite=1)
+        graph.add_edges_from(((p, m), b, {"cells": int(n)}) for (p, m, b), n in self._pairs.items())
+        return graph
+
+    def design(self, interactions: Sequence[str] = ()) -> Design:
+        """Return the design additive in perturbation, media, time and batch, with interactions such as ``"perturbation:media"``.
+
+        Effects are against control, baseline media, the first time and the first batch.
+
+        >>> from perturbprob.experiment import datasets
+        >>> datasets.ishikawa2023().layout.design(["perturbation:time"]).rank
+        96
+        """
+        return Design(self._factors, interactions)
+
+    @property
+    def rank(self) -> int:
+        """How many effects of the additive design, its mean included, can be told apart."""
+        return self._additive.rank
+
+    @property
+    def deficiency(self) -> int:
+        """How many effects of the additive design cannot be told from the others."""
+        return self._additive.deficiency
+
+    def aliases(self, interactions: Sequence[str] = ()) -> tuple[Alias, ...]:
+        """Return what the additive design, with declared interactions, cannot tell apart, batches named last; `str` says each in words."""
+        return self.design(interactions).aliases if interactions else self._additive.aliases
 
     def confounded(self) -> list[tuple[str, str]]:
         """Return the pairs among perturbation, media, time and batch in which each level of one goes with one level of the other.
@@ -73,16 +161,17 @@ class Layout:
         return paths(self._screen, extra)
 
     def report(self, *, few: int = _FEW) -> str:
-        """Say in words how many cells conditions and batches have, where controls are lacking, and what is confounded.
+        """Say in words how many cells conditions and batches have, where controls are lacking, and what cannot be told apart.
 
         Conditions with fewer than ``few`` cells are named.
         """
         lines = [self._size(), _spread("cells per condition", self.cells.sum(axis=1)), _spread("cells per batch", self.cells.sum())]
         lines.append(self._thin(few))
-        lacking = self.batches_without_control()
-        lines.append(f"batches without control cells: {', '.join(lacking) or 'none'}")
+        lines.append(f"batches without control cells: {_list(self.batches_without_control()) or 'none'}")
+        lines.append(f"batches with control in baseline media: {len(self.batches_with_control)} of {self.cells.shape[1]}")
         lines += [_fully(a, b) for a, b in self.confounded()] or ["fully confounded factors: none"]
         lines += [_within(a, b) for a, b in self.nested()]
+        lines += [*self._hidden(), *self._named_aliases()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -97,6 +186,29 @@ class Layout:
     def _levels(self) -> pd.DataFrame:
         """The levels that occur together: one row for each condition in each batch."""
         return self.cells.melt(ignore_index=False, value_name="cells").reset_index().query("cells > 0")
+
+    @cached_property
+    def _pairs(self) -> pd.Series:
+        """The cells of each perturbation in each media and batch, where there are any."""
+        return self._levels.groupby(["perturbation", "media", "batch"], sort=False)["cells"].sum()
+
+    @cached_property
+    def _factors(self) -> dict[str, Levels]:
+        """The levels of each factor in the rows that differ, what effects are measured against first."""
+        rows = self._levels.drop(columns="cells").drop_duplicates()
+        known = {"perturbation": ["control", *self._screen.perturbations], "media": self._screen.media, "time": self._screen.times}
+        return {factor: self._coded(rows[factor], known.get(factor, self.cells.columns)) for factor in _EFFECT}
+
+    def _coded(self, column: pd.Series, known: Iterable[object]) -> Levels:
+        """Return the levels of a factor that occur, in their order, as text."""
+        codes, names = pd.factorize(pd.Categorical(column, list(known), ordered=True), sort=True)
+        text = [self._moment(float(name)) if column.name == "time" else str(name) for name in names]
+        return Levels(codes, text)
+
+    @cached_property
+    def _additive(self) -> Design:
+        """The design without interactions."""
+        return self.design()
 
     @cached_property
     def _varied(self) -> list[str]:
@@ -128,10 +240,46 @@ class Layout:
         named = [f"{p}, {m}, {self._moment(t)}: {n}" for (p, m, t), n in thin.head(8).items()]
         return f"conditions with fewer than {few} cells: {len(thin) or 'none'}{'; fewest: ' if named else ''}{'; '.join(named)}"
 
+    def _hidden(self) -> Iterator[str]:
+        """Say what cannot be learnt at all of a single condition, a single cell, or parts that share nothing."""
+        if len(self.cells) == 1:
+            yield self._only_condition()
+        single = self.cells.columns[self.cells.sum() == 1]
+        if len(single) and len(self.cells.columns) > 1:
+            yield f"{some(single, 'batch', 'batches')} with one cell: there, a batch effect cannot be told from how that cell differs."
+        if not self.connected:
+            parts = [f"[{_list(part)}]" for part in self.components()]
+            yield (
+                f"batches fall into {some(parts, 'part')} that share no condition: how the parts differ cannot be told "
+                "from how their conditions differ."
+            )
+
+    def _only_condition(self) -> str:
+        """Say what a screen of one condition cannot teach."""
+        perturbation, media, time = self.cells.index[0]
+        batches, also = ("how batches differ", "") if self.cells.shape[1] > 1 else ("", ", nor of batch effects, with one batch")
+        return (
+            f"one condition only ({perturbation}, {media}, {self._moment(time)}): nothing can be learnt of the effects of perturbations, "
+            f"media and time{also}; only how cells of this condition differ{' and ' + batches if batches else ''}."
+        )
+
+    def _named_aliases(self) -> Iterator[str]:
+        """Say what else cannot be told apart: aliases of factors that are not fully confounded, which was said."""
+        said = set(self.confounded())
+        left = [alias for alias in self.aliases() if tuple(alias.levels) not in said]
+        yield from map(str, left[:_SENTENCES])
+        if len(left) > _SENTENCES:
+            yield f"and {len(left) - _SENTENCES:,} more that cannot be told apart: layout.aliases() has them all."
+
 
 def _spread(what: str, cells: pd.Series) -> str:
     """Say the range of numbers of cells."""
     return f"{what}: {cells.min():,} to {cells.max():,}, median {cells.median():,.0f}"
+
+
+def _list(names: Sequence[str]) -> str:
+    """Name the first few and count the others."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
 
 
 def _fully(first: str, second: str) -> str:

@@ -247,12 +247,12 @@ def combine(perturbations: Levels, media: Levels, times: Levels) -> tuple[tuple[
     keys, cell = np.unique((perturbations.codes * n_media + media.codes) * n_times + times.codes, return_inverse=True)
     at = ((k // n_times // n_media, k // n_times % n_media, k % n_times) for k in keys)
     found = [Protocol((*perturbations.values[p], media.values[m], times.values[t])) for p, m, t in at]
-    conditions = tuple(sorted(set(found), key=_order))
+    conditions = tuple(sorted(set(found), key=order))
     place = {protocol: i for i, protocol in enumerate(conditions)}
     return conditions, np.array([place[protocol] for protocol in found], dtype=np.int64)[cell]
 
 
-def _order(protocol: Protocol) -> tuple[bool, str, str, float, str]:
+def order(protocol: Protocol) -> tuple[bool, str, str, float, str]:
     """Return the sort key: control first, then by perturbation, media (baseline first), time."""
     return bool(protocol.perturbations), protocol.perturbation, protocol.media or "", protocol.time, repr(protocol)
 

@@ -2,7 +2,7 @@
 
 import html
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, final
@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 from perturbprob.experiment import reading
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.continuous import read_standard_errors, read_values
+from perturbprob.experiment.joining import concat
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.raw_counts import read_counts
 from perturbprob.experiment.vocabulary import nearest
@@ -48,8 +49,9 @@ class Screen:
     - ``depth``: the expected number of counts of a cell with size factor 1; by default all counts over all size factors.
     - ``values``: "counts", or "continuous" for means and intensities, which ``counts`` then holds; ``standard_error`` of each,
       (cell, gene), NaN where it is not known, or None. Size factors are then 1.
+    - ``screen_of_batch``: of a joint screen (`concat`), the name of the screen that each batch comes from; otherwise empty.
     - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way; empty where
-      size factors were an array.
+      size factors were an array, and for a joint screen.
 
     >>> from perturbprob.experiment import datasets
     >>> screen = datasets.ishikawa2023()
@@ -81,6 +83,7 @@ class Screen:
     values: str = "counts"
     standard_error: Float32[np.ndarray, "cell gene"] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    screen_of_batch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Work out the depth at size factor 1 where it is not given; a part of a screen keeps that of the whole."""
@@ -168,6 +171,31 @@ class Screen:
             warnings.warn(remark, ScreenWarning, stacklevel=2)
         return screen
 
+    @classmethod
+    def concat(cls, screens: Mapping[str, Self]) -> Self:
+        """Join the screens of several laboratories, by name, into one.
+
+        It has the genes that all measure, in the order of the first; batches named ``"lab1/rep1"``, with `batch_groups`; and every
+        condition once. Cells are named ``"lab1/cell"`` if a name occurs twice. ``depth`` is the median expected count of all cells and
+        size factors are relative to it, so each cell keeps its own; dropped genes take their share of the counts with them.
+
+        Raises ValueError for fewer than two screens, no common gene, or other values, time unit, baseline media or meaning of control;
+        warns (`ScreenWarning`) of genes that are dropped.
+
+        >>> from perturbprob.experiment import datasets
+        >>> screen = datasets.ishikawa2023()
+        >>> both = Screen.concat({"lab1": screen[screen.batch < 2], "lab2": screen[screen.batch >= 2]})
+        >>> both.batches, both.batch_groups
+        (('lab1/d2_1', 'lab1/d3_2', 'lab2/d4_3', 'lab2/d5_4'), array([0, 0, 1, 1]))
+        """
+        return cls(**concat(screens))
+
+    @cached_property
+    def batch_groups(self) -> Int64[np.ndarray, " batch"]:
+        """The number of each batch's screen among those that were joined and still have cells, in their order; 0 in any other screen."""
+        number = {name: k for k, name in enumerate(dict.fromkeys(self.screen_of_batch))}
+        return np.array([number[name] for name in self.screen_of_batch] or [0] * len(self.batches), dtype=np.int64)
+
     @property
     def n_cells(self) -> int:
         """Number of cells."""
@@ -218,6 +246,7 @@ class Screen:
             condition=condition.astype(np.int64),
             batches=tuple(self.batches[i] for i in batches),
             batch=batch.astype(np.int64),
+            screen_of_batch=tuple(self.screen_of_batch[i] for i in batches) if self.screen_of_batch else (),
             size_factor=self.size_factor[index],
             sgrna=None if self.sgrna is None else self.sgrna[index],
             standard_error=None if self.standard_error is None else self.standard_error[index],

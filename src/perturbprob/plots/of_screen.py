@@ -8,6 +8,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.vocabulary import nearest
 from perturbprob.plots.axes import BLUE, GREY, MANY, RED, known_names, moment, name_axis, new_axes, new_figure, plain, write
 from perturbprob.studies.steady_state import SteadyStates
 
@@ -15,32 +16,29 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
 
+_GRAPH = (40, 20)  # conditions and batches of a graph that can still be read
 
-def layout(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
-    """Draw how many cells each perturbation has in each media, time and batch; control stands above a line, and 0 is left blank.
 
-    Combinations of media, time and batch without any cell have no column.
+def layout(screen: Screen, *, kind: str | None = None, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
+    """Draw where the cells of a screen are: its valid set V (eq 16) as a graph (Figure 6), or a table of cells.
+
+    ``kind="graph"``, the default up to 40 conditions and 20 batches: perturbations in media to the left, batches to the right, a line
+    where a batch holds a condition, the wider the more cells. Squares are batches with control in baseline media (V_00), and blue lines
+    lead there; batches without it are red diamonds. A hollow condition is missing in some batch. Times are not told apart.
+
+    ``kind="table"``: how many cells each perturbation has in each media, time and batch; control stands above a line, 0 is left blank,
+    and combinations without any cell have no column.
 
     >>> import perturbprob as pb
-    >>> figure = pb.plots.layout(pb.datasets.ishikawa2023())
-    >>> figure.axes[0].images[0].get_array().shape
+    >>> pb.plots.layout(pb.datasets.ishikawa2023()).axes[0].get_title()
+    'Conditions (left) and the batches that hold them'
+    >>> pb.plots.layout(pb.datasets.ishikawa2023(), kind="table").axes[0].images[0].get_array().shape
     (24, 4)
     """
-    table = _cells(screen)
-    axes = new_axes(ax, (max(0.55 * table.shape[1] + 3.2, 4.5), min(0.22 * len(table) + 2.2, 60.0)))
-    counts = np.ma.masked_equal(table.to_numpy(), 0)
-    image = axes.imshow(counts, aspect="auto", cmap="cividis", vmin=0)
-    if max(table.shape) <= MANY:
-        _write_counts(axes, counts)
-    if "control" in table.index and len(table) > 1:
-        axes.axhline(0.5, color="white", lw=5)
-    several = len(screen.media) > 1
-    columns = [" · ".join([*([m] if several else []), moment(t, screen.time_unit), b]) for m, t, b in table.columns]
-    name_axis(axes.xaxis, columns, rotation=90)
-    name_axis(axes.yaxis, table.index)
-    axes.set(xlabel=f"{'media · ' if several else ''}time · batch", ylabel="perturbation", title=f"Where the {screen.n_cells:,} cells are")
-    axes.figure.colorbar(image, ax=axes, label="cells", shrink=0.6)
-    return axes.figure.figure
+    if kind not in (None, "graph", "table"):
+        raise ValueError(f"kind={kind!r} is neither 'graph' nor 'table'. {nearest(kind, ('graph', 'table'))}")
+    small = len({(p.perturbation, p.media) for p in screen.conditions}) <= _GRAPH[0] and len(screen.batches) <= _GRAPH[1]
+    return _graph(screen, ax) if kind == "graph" or (kind is None and small) else _table(screen, ax)
 
 
 def branches(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
@@ -105,6 +103,80 @@ def steady_states(
         axes.set(xlim=(-0.7, len(part.perturbation) - 0.3), ylim=(0, 1.3 * axes.dataLim.ymax))
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     return figure
+
+
+def _graph(screen: Screen, ax: "matplotlib.axes.Axes | None") -> "matplotlib.figure.Figure":
+    """Draw V as a graph of conditions and batches."""
+    cells = _seen(screen)
+    height = max(*cells.shape, 4)
+    axes = new_axes(ax, (7.5, 0.24 * height + 1.6))
+    left, right = (_heights(n, height) for n in cells.shape)
+    _lines(axes, cells, (left, right), ("control", screen.baseline or "baseline"))
+    everywhere, untouched = (cells > 0).all(axis=1).to_numpy(), cells.columns.isin(screen.layout.batches_with_control)
+    _nodes(axes, 0, left[everywhere], "o", "black", "condition in every batch")
+    _nodes(axes, 0, left[~everywhere], "o", "white", "condition missing in some batch")
+    _nodes(axes, 1, right[untouched], "s", BLUE, "batch with control in baseline media")
+    _nodes(axes, 1, right[~untouched], "D", RED, "batch without control in baseline media")
+    for place, (perturbation, media) in zip(left, cells.index, strict=True):
+        write(axes, -0.04, place, perturbation if len(screen.media) == 1 else f"{perturbation} · {media}", ha="right")
+    for place, name, total in zip(right, cells.columns, cells.sum(), strict=True):
+        write(axes, 1.04, place, f"{name}: {total:,} cells", ha="left")
+    title = "Conditions (left) and the batches that hold them"
+    axes.set(title=title, xlim=(-0.75, 1.75), ylim=(height - 0.2, -0.8))
+    axes.axis("off")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False, fontsize=8)
+    return axes.figure.figure
+
+
+def _seen(screen: Screen) -> pd.DataFrame:
+    """Count cells, (perturbation, media) × batch: baseline media and control first, batches by where their conditions stand."""
+    cells = screen.summary().groupby(level=["perturbation", "media"]).sum()
+    order = sorted(cells.index, key=lambda node: (screen.media.index(node[1]), node[0] != "control", node[0]))
+    cells = cells.loc[order]
+    middle = [np.flatnonzero(column).mean() for column in cells.to_numpy().T]  # fewer lines cross
+    return cells.iloc[:, np.argsort(np.round(middle, 6), kind="stable")]
+
+
+def _lines(axes: "matplotlib.axes.Axes", cells: pd.DataFrame, heights: tuple[np.ndarray, np.ndarray], untouched: tuple[str, str]) -> None:
+    """Join each condition to its batches, the wider the more cells; lines of untouched cells stand out."""
+    counts = cells.to_numpy()
+    pairs = np.argwhere(counts)
+    widest = 4.0 * min(1.0, 10 / np.sqrt(len(pairs)))  # many lines would cover each other
+    for condition, batch in pairs:
+        ends = [heights[0][condition], heights[1][batch]]
+        width = widest * (0.1 + 0.9 * np.sqrt(counts[condition, batch] / counts.max()))
+        colour, alpha, order = (BLUE, 1.0, 2) if cells.index[condition] == untouched else (GREY, 0.4, 1)
+        axes.plot([0, 1], ends, color=colour, lw=width, alpha=alpha, zorder=order)
+
+
+def _heights(n: int, height: int) -> Float[np.ndarray, " node"]:
+    """Spread nodes evenly over a height."""
+    return (np.arange(n) + 0.5) * height / n - 0.5
+
+
+def _nodes(axes: "matplotlib.axes.Axes", x: float, y: Float[np.ndarray, " node"], marker: str, colour: str, label: str) -> None:
+    """Draw nodes of one kind, if there are any."""
+    if len(y):
+        axes.scatter(np.full(len(y), x), y, s=42, marker=marker, color=colour, edgecolors="black", zorder=3, label=f"{label}: {len(y)}")
+
+
+def _table(screen: Screen, ax: "matplotlib.axes.Axes | None") -> "matplotlib.figure.Figure":
+    """Draw how many cells each perturbation has in each media, time and batch."""
+    table = _cells(screen)
+    axes = new_axes(ax, (min(max(0.55 * table.shape[1] + 3.2, 4.5), 60.0), min(0.22 * len(table) + 2.2, 60.0)))
+    counts = np.ma.masked_equal(table.to_numpy(), 0)
+    image = axes.imshow(counts, aspect="auto", cmap="cividis", vmin=0)
+    if max(table.shape) <= MANY:
+        _write_counts(axes, counts)
+    if "control" in table.index and len(table) > 1:
+        axes.axhline(0.5, color="white", lw=5)
+    several = len(screen.media) > 1
+    columns = [" · ".join([*([m] if several else []), moment(t, screen.time_unit), b]) for m, t, b in table.columns]
+    name_axis(axes.xaxis, columns, rotation=90)
+    name_axis(axes.yaxis, table.index)
+    axes.set(xlabel=f"{'media · ' if several else ''}time · batch", ylabel="perturbation", title=f"Where the {screen.n_cells:,} cells are")
+    axes.figure.colorbar(image, ax=axes, label="cells", shrink=0.6)
+    return axes.figure.figure
 
 
 def _branches(screen: Screen) -> pd.DataFrame:
