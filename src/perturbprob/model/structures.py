@@ -104,7 +104,7 @@ def _facts(screen: Screen) -> dict[str, Any]:
     """Return what a structure needs to know of a screen."""
     vocabulary = Vocabulary.of(screen)
     facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
-    facts["groups"] = None
+    facts["groups"] = screen.batch_groups.tolist()
     if screen.values == "continuous":
         return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
     totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
