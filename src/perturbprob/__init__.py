@@ -25,6 +25,7 @@ from perturbprob.inference import (  # noqa: E402
     IllConditioned,
     NonFiniteLoss,
     UndeclaredWarning,
+    adapt,
     coherent_draws,
     counterfactual,
     effects,
@@ -34,6 +35,7 @@ from perturbprob.inference import (  # noqa: E402
     posterior,
     predict,
     prior,
+    translate,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
 from perturbprob.studies import baselines, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
@@ -58,6 +60,7 @@ __all__ = [
     "UndeclaredWarning",
     "UneditedStable",
     "Wait",
+    "adapt",
     "baselines",
     "coherent_draws",
     "counterfactual",
@@ -77,6 +80,7 @@ __all__ = [
     "simulate",
     "split",
     "steady_states",
+    "translate",
 ]
 
 

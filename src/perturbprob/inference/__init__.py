@@ -1,6 +1,7 @@
 """From data to posterior."""
 
-from perturbprob.inference.counterfactual import IllConditioned, counterfactual
+from perturbprob.inference.adapt import adapt
+from perturbprob.inference.counterfactual import IllConditioned, counterfactual, translate
 from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import coherent_draws
 from perturbprob.inference.effects import effects
@@ -15,6 +16,7 @@ __all__ = [
     "IllConditioned",
     "NonFiniteLoss",
     "UndeclaredWarning",
+    "adapt",
     "coherent_draws",
     "counterfactual",
     "effects",
@@ -24,4 +26,5 @@ __all__ = [
     "posterior",
     "predict",
     "prior",
+    "translate",
 ]

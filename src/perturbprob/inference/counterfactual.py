@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
 
 ROUTES = ("encoder", "inverse")
+UNITS = "log of the expected count of a cell"
 
 
 class IllConditioned(ValueError):
@@ -68,16 +69,63 @@ def counterfactual(
         raise ValueError(f"{type(fit.model.transition).__name__} cannot run backward, so eq 6 has no inverse here. Use route='encoder'.")
     new = fit.model.vocabulary.protocol(protocol)
     own, other = CellTable(fit.model, cells), CellTable(fit.model, cells, [new] * len(cells.conditions))
+    running = _running(fit, own, other, route, n_draws, minibatch, seed, "counterfactual" if progress else None)
+    if route == "inverse":
+        running.check(condition_bound)
+    return running.dataset(cells, level, {"protocol": str(new), "route": route, "level": level, "n_draws": n_draws, "units": UNITS})
+
+
+@torch.no_grad()
+def translate(
+    fit: "Fit",
+    cells: "Screen",
+    *,
+    batch_to: str,
+    batch_from: str | None = None,
+    protocol: Protocol | Action | None = None,
+    n_draws: int = 50,
+    level: float = 0.9,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Return the log of the expected count of each cell and gene had these very cells been measured in another batch (eq 18).
+
+    F_L(x^b', p, m, t, b' → b) = x^b_{m,t}: the rest state of each cell is found from what was seen in its own batch, carried through
+    ``protocol`` (default: the cell's own), and measured in ``batch_to``: the name of a fitted batch, or "average", where η = 0: the mean
+    over the fitted batches in log rate (eq 17). ``batch_from`` names the batch of the cells where their own label is not a fitted batch.
+    The size factor stays the cell's own. A Dataset as that of `counterfactual`.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> pb.translate(fit, screen[:5], batch_to="batch2", n_draws=4, progress=False)["mean"].shape
+    (5, 10)
+    """
+    check_draws(n_draws)
+    if not 0 < level < 1:
+        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    names = fit.model.vocabulary
+    code = -1 if batch_to == "average" else names.batch_code(batch_to)
+    done = cells.conditions if protocol is None else [names.protocol(protocol)] * len(cells.conditions)
+    own = CellTable(fit.model, cells, batch=None if batch_from is None else names.batch_code(batch_from))
+    other = CellTable(fit.model, cells, done, batch=code)
+    running = _running(fit, own, other, "encoder", n_draws, 512, seed, "translate" if progress else None)
+    attrs = {"batch_to": batch_to, "protocol": "own" if protocol is None else str(done[0]), "level": level, "n_draws": n_draws}
+    return running.dataset(cells, level, attrs | {"units": UNITS})
+
+
+def _running(
+    fit: "Fit", own: CellTable, other: CellTable, route: str, n_draws: int, minibatch: int, seed: int, progress: str | None
+) -> "_Running":
+    """Carry every cell from what it is to what it might be, draw by draw."""
+    cells = own.screen
     running = _Running(cells.n_cells, cells.n_genes, cells.n_cells if route == "inverse" else 0)
-    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="counterfactual" if progress else None)):
+    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress=progress)):
         with seeded(seed, k, 5):
             pair = own.sites(draw), other.sites(draw)
             parts = zip(own.minibatches(minibatch), other.minibatches(minibatch), strict=True)
             running.add([_answer(fit, *pair, here, there, route) for here, there in parts])
-    if route == "inverse":
-        running.check(condition_bound)
-    attrs = {"protocol": str(new), "route": route, "level": level, "n_draws": n_draws, "units": "log of the expected count of a cell"}
-    return running.dataset(cells, level, attrs)
+    return running
 
 
 def _answer(fit: "Fit", own_sites: Sites, sites: Sites, own: Cells, other: Cells, route: str) -> tuple[Tensor, ...]:

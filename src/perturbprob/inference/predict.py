@@ -165,7 +165,8 @@ def _draws(
     progress: bool,
 ) -> Iterator[Float[Tensor, "condition gene"]]:
     """Yield each posterior draw's mean of every condition, with the noise of ``n_cells`` cells added where given."""
-    named = [fit.model.vocabulary.batches if b == "average" else [b] for b in batches]
+    fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
+    named = [fitted if b == "average" else [b] for b in batches]
     of = torch.tensor([c for c, names in enumerate(named) for _ in names])
     expectation = Expectation(fit, [protocols[c] for c in of], [b for names in named for b in names], seed=seed)
     share = (1.0 / torch.bincount(of))[of, None]

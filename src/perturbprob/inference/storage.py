@@ -116,6 +116,7 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
         "log_depth": float(state["log_depth"]),
         "start": state.get("start"),
         "groups": facts["recipe"].get("groups"),
+        "adapted": facts["recipe"].get("adapted", 0),
         "assumptions": [Bound.from_json(values) for values in facts["recipe"].get("assumptions", [])],
     }
     with warnings.catch_warnings():

@@ -50,8 +50,13 @@ class CellTable:
     which `sites` draws given one draw of the others.
     """
 
-    def __init__(self, model: "CellModel", screen: Screen, protocols: Sequence[Protocol] | None = None) -> None:
-        """Encode each condition once; ``protocols``, one for each condition of the screen, stand in for what was really done."""
+    def __init__(
+        self, model: "CellModel", screen: Screen, protocols: Sequence[Protocol] | None = None, *, batch: int | None = None
+    ) -> None:
+        """Encode each condition once; ``protocols``, one for each condition of the screen, stand in for what was really done.
+
+        ``batch`` is the code of the batch that all cells are taken to be in (−1: none), instead of their own.
+        """
         require_screen(screen)
         names = model.vocabulary
         if tuple(screen.genes) != names.genes:
@@ -78,8 +83,8 @@ class CellTable:
         device = model.log_share.device
         self.segments = [s.to(device) for s in names.encode(protocols)]
         self.condition = torch.as_tensor(screen.condition)
-        codes = torch.tensor([names.batch_code(b) for b in screen.batches])
-        self.batch = codes[torch.as_tensor(screen.batch)]
+        codes = [names.batch_code(b) if batch is None else batch for b in screen.batches]
+        self.batch = torch.tensor(codes)[torch.as_tensor(screen.batch)]
         # size factors count in the depth of their own screen, which is not that of the screen the model was made for
         relative = np.log(screen.size_factor) + np.log(screen.depth) - float(model.log_depth)
         self.log_size_factor = torch.as_tensor(relative, dtype=torch.float32)

@@ -104,7 +104,7 @@ def _facts(screen: Screen) -> dict[str, Any]:
     """Return what a structure needs to know of a screen."""
     vocabulary = Vocabulary.of(screen)
     facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
-    facts["groups"] = screen.batch_groups.tolist()
+    facts |= {"groups": screen.batch_groups.tolist(), "adapted": 0}
     if screen.values == "continuous":
         return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
     totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
@@ -130,7 +130,9 @@ def _batches(facts: dict[str, Any], form: str | dict[str, Any], n_latent: int) -
         how = {"n_media": len(vocabulary.media), "n_latent": n_latent if facts["start"] is None else 0}
     elif isinstance(form, dict):
         how = {"covariates": torch.tensor([[column[b] for column in form.values()] for b in vocabulary.batches])}
-    return BatchEffect(len(vocabulary.batches), facts["log_share"].exp(), groups=facts["groups"], **how)
+    effect = BatchEffect(len(vocabulary.batches) - facts["adapted"], facts["log_share"].exp(), groups=facts["groups"], **how)
+    effect.adapted = facts["adapted"]
+    return effect
 
 
 def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
