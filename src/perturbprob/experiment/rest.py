@@ -329,6 +329,11 @@ def _labels(screen: "Screen") -> list[str]:
 
 def _check_screen(screen: "Screen") -> None:
     """Refuse a screen in which nothing can be followed, or compared."""
+    if screen.values == "continuous":
+        raise ValueError(
+            "This screen holds continuous values; whether means move beyond noise is asked of single cells. "
+            "Read the counts of the cells: values='counts'."
+        )
     if len(screen.times) < 2:
         raise ValueError(
             f"This screen has a single time, {screen.times[0]:g}; what moves shows between two. "
