@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 
 from perturbprob.experiment import reading
 from perturbprob.experiment.action import Protocol
-from perturbprob.experiment.continuous import read_standard_errors, read_values
+from perturbprob.experiment.continuous import read_cells_behind, read_standard_errors, read_values
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.raw_counts import read_counts
 from perturbprob.experiment.vocabulary import nearest
@@ -48,6 +48,7 @@ class Screen:
     - ``depth``: the expected number of counts of a cell with size factor 1; by default all counts over all size factors.
     - ``values``: "counts", or "continuous" for means and intensities, which ``counts`` then holds; ``standard_error`` of each,
       (cell, gene), NaN where it is not known, or None. Size factors are then 1.
+    - ``cells_behind``: how many cells each row of continuous values is the mean of, NaN for control where it is not known; or None.
     - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way; empty where
       size factors were an array.
 
@@ -80,6 +81,7 @@ class Screen:
     depth: float = 0.0
     values: str = "counts"
     standard_error: Float32[np.ndarray, "cell gene"] | None = None
+    cells_behind: Float64[np.ndarray, " cell"] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,6 +108,7 @@ class Screen:
         size_factor: str | ArrayLike | None = None,
         values: str = "counts",
         standard_error: str | None = None,
+        cells_behind: str | None = None,
     ) -> Self:
         """Read a screen from an AnnData; any of perturbation, media, time and batch may be absent (None, or a column of NaN).
 
@@ -122,7 +125,8 @@ class Screen:
         - ``batch``: one sequencing reaction.
 
         Other arguments: ``layer`` with raw counts (default X); ``sgrna``; ``size_factor``, a column or an array (cell,);
-        ``values="continuous"`` for pseudobulk means or intensities instead of counts, with the layer of their ``standard_error``.
+        ``values="continuous"`` for pseudobulk means or intensities instead of counts, with the layer of their ``standard_error`` and
+        the column ``cells_behind`` of the number of cells behind each row.
 
         A cell's protocol is P >> M >> W. Raises ValueError that says the fix for whatever is not a screen, and warns
         (`ScreenWarning`) of genes without counts, perturbed genes that are not measured, and batches without control.
@@ -133,7 +137,7 @@ class Screen:
         (Activation('CEBPA') >> Activation('KLF1') >> Wait(1), Activation('KLF1') >> Wait(1))
         """
         columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
-        _check_values(values, standard_error, size_factor)
+        _check_values(values, standard_error, cells_behind, size_factor)
         reading.check_names(adata)
         obs, words = adata.obs, reading.control_words(control)
         counts = read_counts(adata, layer) if values == "counts" else read_values(adata, layer)
@@ -158,6 +162,7 @@ class Screen:
             depth=float(values == "continuous"),
             values=values,
             standard_error=read_standard_errors(adata, standard_error),
+            cells_behind=read_cells_behind(adata, cells_behind, np.array([bool(p.perturbations) for p in conditions])[condition]),
             control=next(iter(words), "control"),
             baseline=baseline,
             time_unit=time_unit,
@@ -221,6 +226,7 @@ class Screen:
             size_factor=self.size_factor[index],
             sgrna=None if self.sgrna is None else self.sgrna[index],
             standard_error=None if self.standard_error is None else self.standard_error[index],
+            cells_behind=None if self.cells_behind is None else self.cells_behind[index],
         )
 
     def cells_of(self, condition: Protocol | str) -> Int64[np.ndarray, " chosen"]:
@@ -246,7 +252,8 @@ class Screen:
     def pseudobulk(self, *, normalise: bool = False) -> Self:
         """Return the means of log(1 + count) as a screen of continuous values: one row for each condition in each batch.
 
-        ``standard_error`` is that of the mean over cells, NaN for a single cell. With ``normalise`` counts are divided by size factors.
+        ``standard_error`` is that of the mean over the ``cells_behind`` the row, NaN for a single cell. With ``normalise`` counts are
+        divided by size factors.
 
         >>> from perturbprob.experiment import datasets
         >>> datasets.ishikawa2023().pseudobulk().counts.shape
@@ -263,6 +270,7 @@ class Screen:
             self,
             counts=csr_array(means),
             standard_error=error,
+            cells_behind=np.concatenate([part["n_cells"].values for _, part in parts]).astype(np.float64),
             values="continuous",
             cells=_text(names),
             condition=np.array([number[c] for _, part in parts for c in part["condition"].values], dtype=np.int64),
@@ -333,12 +341,14 @@ def require_screen(screen: object) -> None:
         )
 
 
-def _check_values(values: str, standard_error: str | None, size_factor: object) -> None:
+def _check_values(values: str, standard_error: str | None, cells_behind: str | None, size_factor: object) -> None:
     """Refuse kinds of values that do not exist, and what does not go with them."""
     if values not in ("counts", "continuous"):
         raise ValueError(f"values={values!r} is neither 'counts' nor 'continuous'.")
     if values == "counts" and standard_error is not None:
         raise ValueError("standard_error= goes with values='continuous': counts carry their own noise.")
+    if values == "counts" and cells_behind is not None:
+        raise ValueError("cells_behind= goes with values='continuous': a row of counts is one cell.")
     if values == "continuous" and size_factor is not None:
         raise ValueError("size_factor= goes with counts: bring continuous values to one scale before they are read.")
 

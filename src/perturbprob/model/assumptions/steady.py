@@ -33,11 +33,12 @@ LEAST_WEIGHT = 1e-3
 class SteadyState(Assumption):
     """These conditions have come to rest: waiting longer does not change them (eqs 7-9).
 
-    ``conditions``: perturbation names or protocols, or "auto", every condition weighted by its probability of rest. ``wait``: how much
-    longer they are left, in the unit of the screen. The term is one pseudo-observation per condition: the change over ``wait``, in log
-    rate averaged over rest states, is Normal(0, noise), the noise being that between random halves of the condition's cells;
-    weighted by the probability of rest where the screen can tell it. ``scale`` "fixed" takes that noise, "learnt" multiplies it by
-    1 + u, u ~ Exponential(1): never below the noise, since a free scale would go to 0 and switch the field off.
+    ``conditions``: perturbation names or protocols, or "auto", every condition weighted by its probability of rest, but for those not
+    seen at the last time of their media, which may be held out. ``wait``: how much longer they are left, in the unit of the screen. The
+    term is one pseudo-observation per condition: the change over ``wait``, in log rate averaged over rest states, is Normal(0, noise),
+    the noise being that between random halves of the condition's cells; weighted by the probability of rest where the screen can tell
+    it. ``scale`` "fixed" takes that noise, "learnt" multiplies it by 1 + u, u ~ Exponential(1): never below the noise, since a free
+    scale would go to 0 and switch the field off.
 
     ``reading`` of eq 9: "own" leaves the perturbation's mark on, "control_input" takes it off, F(X_t^p, ·, ·, s). With
     ``relative_to_control`` the change of control over the same wait is subtracted, for screens with a drift that all cells share.
@@ -75,8 +76,7 @@ class SteadyState(Assumption):
     def bind(self, screen: "Screen") -> Bound:
         """Find the last state of each condition in the screen, its weight and its noise."""
         protocols = _last(screen, self.conditions)
-        if self.conditions != "auto":
-            _refuse_held_out(screen, protocols)
+        _refuse_held_out(screen, protocols)
         weight = _probability_of_rest(screen, protocols)
         kept = [k for k, w in enumerate(weight) if w > LEAST_WEIGHT] or list(range(len(weight)))
         chosen = tuple(protocols[k] for k in kept)
@@ -132,7 +132,8 @@ def _text(condition: object) -> str:
 def _last(screen: "Screen", conditions: str | Sequence[str]) -> list[Protocol]:
     """Return the protocols that a list of names means: the last time of each perturbation in each media; protocols as they are."""
     if conditions == "auto":
-        conditions = ("control", *screen.perturbations)
+        own = [p for name in dict.fromkeys(p.perturbation for p in screen.conditions) for p in _last_times(screen, name)]
+        return [p for p in own if p.time == _end(screen, p.media)]
     found: list[Protocol] = []
     for text in conditions:
         found += [Protocol.parse(text)] if "(" in text else _last_times(screen, text)
@@ -155,10 +156,15 @@ def _last_times(screen: "Screen", name: str) -> list[Protocol]:
     return [max((p for p in own if p.media == m), key=lambda p: p.time) for m in media]
 
 
+def _end(screen: "Screen", media: str | None) -> float:
+    """Return the last time at which anything was seen in a media."""
+    return max(p.time for p in screen.conditions if p.media == media)
+
+
 def _refuse_held_out(screen: "Screen", protocols: Sequence[Protocol]) -> None:
     """Refuse conditions whose later times are missing where others have them: at rest they would give the hidden answer away."""
     for protocol in protocols:
-        last = max(p.time for p in screen.conditions if p.media == protocol.media)
+        last = _end(screen, protocol.media)
         own = max(p.time for p in screen.conditions if p.perturbation == protocol.perturbation and p.media == protocol.media)
         if own < last:
             raise ValueError(
