@@ -42,7 +42,7 @@ def test_the_constant_of_a_fit_is_that_of_its_jacobian_at_its_cells(fit: pb.Fit,
             z0 = fit.guide.rest(cells).sample()
         flow = partial(lambda sites, z: fit.model.moved(sites, z[None], [s[torch.tensor([0])] for s in cells.protocol]).z[0], sites)
         expected.append(max(float(torch.linalg.matrix_norm(torch.autograd.functional.jacobian(flow, z), 2)) for z in z0))
-    assert float(found["constant"]) == pytest.approx(np.mean(expected), rel=1e-2)  # coarser steps with gradients
+    assert found["constant"].item() == pytest.approx(np.mean(expected), rel=1e-2)  # coarser steps with gradients
 
 
 def test_every_condition_has_a_constant_of_both(fit: pb.Fit, screen: pb.Screen):
