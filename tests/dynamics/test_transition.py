@@ -1,6 +1,7 @@
 """Carrying cells through protocols: the laws of P, M and W on the state."""
 
 from dataclasses import replace
+from functools import partial
 
 import pyro
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from perturbprob.dynamics.neural_ode import NeuralODE
+from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
 from perturbprob.dynamics.solve import Solver
 from perturbprob.dynamics.transition import CellState, Effects, Transition
 from perturbprob.experiment.action import Knockout, Media, Protocol, Wait
@@ -32,11 +33,20 @@ def encode(*protocols):
     return [double(segment) for segment in VOCABULARY.encode([Protocol() >> protocol for protocol in protocols])]
 
 
-def transition(n_steps=4, field=None):
+def transition(n_steps=4, field=None, **how):
     """A neural ODE in float64 with a field that matters, always the same one."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return NeuralODE(N_LATENT, field=field, solver=Solver(n_steps=n_steps)).double()
+        return NeuralODE(N_LATENT, field=field and field(), solver=Solver(n_steps=n_steps, **how)).double()
+
+
+TRANSITIONS = {
+    "push": partial(transition, 8, partial(Push, N_LATENT), tolerance=1e-6),
+    "stable": partial(transition, 8, lambda: Stable(Push(N_LATENT)), tolerance=1e-6),
+    "adaptive": partial(transition, field=partial(Push, N_LATENT), method="dopri5", tolerance=1e-6),
+}
+"""Every way of waiting, solved to about 1e-6. What stands here obeys the laws below; a new structure adds its own."""
+each_transition = pytest.mark.parametrize("make", TRANSITIONS.values(), ids=TRANSITIONS)
 
 
 def rest(n_cells):
@@ -82,6 +92,78 @@ def test_order_matters_once_a_wait_stands_between():
     assert torch.equal(first.perturbation, second.perturbation)
     assert torch.equal(first.media, second.media)
     assert (first.z - second.z).abs().max() > 0.05
+
+
+waits = st.sampled_from([0.1, 0.4, 1.0, 2.5])
+laws = settings(deadline=None, max_examples=8, derandomize=True)
+SOLVED = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def same_end(move, *protocols, **tolerance):
+    """Carry one cell through each of two protocols, one at a time, and check that it ends in the same state."""
+    assert_same(*(end(protocol, move=move) for protocol in protocols), **tolerance)
+
+
+@each_transition
+@laws
+@given(st.lists(st.tuples(st.permutations([A, B, M]), waits), min_size=1, max_size=3))
+def test_equal_protocols_give_equal_states(make, instants):
+    """The normal form, and the actions of each instant in another order with waits of no time between."""
+    plain = Protocol(action for actions, wait in instants for action in [*actions, Wait(wait)])
+    wordy = Protocol(x for actions, wait in instants for action in [*sorted(actions, key=str), Wait(wait)] for x in (action, Wait(0)))
+    assert Protocol([B, A, Wait(1)]) == Protocol([A, B, Wait(1)])
+    same_end(make(), plain, plain.simplify(), rtol=0, atol=0)
+    same_end(make(), plain, wordy, **SOLVED)
+
+
+@each_transition
+@laws
+@given(steps, waits)
+def test_a_knockout_done_twice_is_one(make, actions, wait):
+    same_end(make(), Protocol([A, *actions, A, Wait(wait)]), Protocol([A, *actions, Wait(wait)]), **SOLVED)
+
+
+@each_transition
+@laws
+@given(steps, waits, waits)
+def test_two_waits_are_one_of_their_sum(make, actions, s, t):
+    """Of protocols, which add waits up, and of states: a knock-out done again between the waits keeps them apart."""
+    move, begun = make(), Protocol([A, *actions])
+    assert move.semigroup
+    same_end(move, begun >> Wait(s) >> Wait(t), begun >> Wait(s + t), **SOLVED)
+    still, first = encode(Protocol())[0], encode(begun >> Wait(s))
+    with torch.no_grad():
+        apart = move(rest(1), [*first, replace(still, wait=torch.tensor([t], dtype=torch.float64))], EFFECTS)
+    assert_same(apart, end(begun >> Wait(s + t), move=move), **SOLVED)
+
+
+@each_transition
+@laws
+@given(steps, waits)
+def test_what_means_nothing_leaves_the_state(make, actions, wait):
+    """Wait(0) anywhere, baseline media for cells in it, and control, which is no action."""
+    move, protocol = make(), Protocol([*actions, Wait(wait)])
+    same_end(move, protocol >> Wait(0), protocol, **SOLVED)
+    same_end(move, Protocol([Media(), *actions, Wait(wait)]), protocol, **SOLVED)
+    same_end(move, Protocol() >> protocol, protocol, rtol=0, atol=0)
+
+
+@each_transition
+@laws
+@given(steps, waits)
+def test_a_perturbation_and_a_media_at_one_instant_give_one_state(make, actions, wait):
+    before = Protocol([*actions, Wait(wait)])
+    first, second = before >> B >> N >> Wait(wait), before >> N >> B >> Wait(wait)
+    same_end(make(), first, second, rtol=0, atol=0)
+
+
+@each_transition
+@laws
+@given(waits)
+def test_control_in_baseline_media_stays_only_where_it_is_declared_stable(make, wait):
+    move = make()
+    moved = float(end(Protocol([Wait(wait)]), move=move).delta.abs().max())
+    assert (moved < 1e-12) == isinstance(move.field, Stable)
 
 
 def test_marks_alone_do_not_move_the_state():
@@ -154,7 +236,7 @@ class Pull(nn.Module):
 
 
 def test_a_mark_stays_and_keeps_pushing_after_the_wait():
-    move = transition(64, field=Pull())
+    move = transition(64, field=Pull)
     state, later = end(A >> Wait(1), move=move), end(A >> Wait(1) >> M >> Wait(1.5), move=move)
     assert later.perturbation.tolist() == state.perturbation.tolist() == [[1.0, 0.0]]
     gain = -torch.expm1(-move.decay)
@@ -164,7 +246,7 @@ def test_a_mark_stays_and_keeps_pushing_after_the_wait():
 
 
 def test_a_field_that_reads_the_clock_finds_the_time_since_the_start():
-    move = transition(64, field=Pull(timed=True))
+    move = transition(64, field=partial(Pull, timed=True))
     later = end(A >> Wait(1) >> Media("M") >> Media() >> Wait(0.5) >> M >> Wait(1), move=move)
     assert later.clock.tolist() == [2.5]
     g, push = move.decay, EFFECTS.perturbation[0]

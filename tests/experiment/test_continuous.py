@@ -48,6 +48,10 @@ def test_pseudobulk_holds_the_means_of_counts_with_their_errors():
     row = [str(bulk.conditions[c]) for c in bulk.condition]
     np.testing.assert_allclose(bulk.counts.toarray(), means["mean"].sel(condition=row), rtol=1e-5)
     np.testing.assert_allclose(bulk.standard_error**2, (means["variance"] / means["n_cells"]).sel(condition=row), rtol=1e-4)
+    assert bulk.cells_behind.tolist() == means["n_cells"].sel(condition=row).values.tolist()
+    assert bulk[bulk.cells_of("NANOG")].cells_behind.tolist() == [
+        len(screen.cells_of(p)) for p in screen[screen.cells_of("NANOG")].conditions
+    ]
     assert [bulk.batches[b] for b in bulk.batch[bulk.cells_of(Knockout("NANOG") >> Wait(5))]] == ["d5_4"]
 
 
@@ -78,11 +82,32 @@ def test_the_jurkat_screen_has_all_four_paths(data_path: Callable[[str], Path]):
         ({"layer": "text"}, "holds values of type"),
         ({"layer": "holes"}, "1 values of .* are NaN or infinite, first in 1 cell .*gene 'B'"),
         ({"standard_error": "below"}, "holds negative or infinite values"),
+        ({"values": "counts", "cells_behind": "words"}, "cells_behind= goes with values='continuous'"),
+        ({"cells_behind": "wordz"}, r"cells_behind='wordz' is not a column of adata.obs. Did you mean 'words'"),
+        ({"cells_behind": "none"}, r"must hold the number of cells behind each row, above 0 .*: 1 row \(0\) with another, such as 0\."),
+        ({"cells_behind": "owed"}, r"1 row \(1\) with another, such as -3"),
+        ({"cells_behind": "gap"}, r"1 row \(1\) with another, such as nan"),
+        ({"cells_behind": "words"}, r"1 row \(1\) with another, such as 'few'"),
     ],
 )
 def test_what_is_refused(how, message):
+    obs = {
+        "none": [0, 3, 4, 5, 6, 7],
+        "owed": [9, -3, 4, 5, 6, 7],
+        "gap": [9, np.nan, 4, 5, 6, 7],
+        "words": ["9", "few", "4", "5", "6", "7"],
+    }
     holes = np.zeros((6, 3))
     holes[2, 1] = np.nan
     adata = make(se=np.ones((6, 3)), text=np.full((6, 3), "a"), holes=holes, below=-np.ones((6, 3)))
+    for name, column in obs.items():
+        adata.obs[name] = column
     with pytest.raises(ValueError, match=message):
         read(adata, **how)
+
+
+def test_numbers_of_cells_are_read_and_may_be_unknown_for_control():
+    adata = make()
+    adata.obs["n"] = [np.nan, 10, 20, 30, 40, 50]
+    np.testing.assert_array_equal(read(adata, cells_behind="n").cells_behind, adata.obs["n"])
+    assert read(adata).cells_behind is None

@@ -214,7 +214,7 @@ def test_silence_is_tested_at_matched_cell_numbers():
 
 def test_nothing_to_compare_with_is_said():
     screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
-    assert "one time only" in repr(pb.SteadyState().test(screen))
+    assert "has a single time, 1;" in repr(pb.SteadyState().test(screen))
     assert "both in baseline and in other media" in repr(pb.SilentInBaseline().test(screen))
     assert "no screen shows how two neighbours part" in repr(pb.Lipschitz().test(screen))
 
@@ -255,9 +255,28 @@ def test_a_steady_state_may_not_give_held_out_times_away():
         pb.node(train, assumptions=[pb.SteadyState(["POU5F1"])])
 
 
+def test_auto_leaves_out_what_a_split_by_time_hides():
+    screen = pb.datasets.ishikawa2023()
+    train, _ = pb.split.hold_out_time(screen, 5, ["POU5F1", "NANOG"])
+    auto = pb.SteadyState()
+    bound = auto.bind(train)
+    assert {p.time for p in bound.protocols} == {5.0}
+    assert not {"POU5F1", "NANOG"} & {p.perturbation for p in bound.protocols}
+    assert {p.perturbation for p in auto.pairs(screen)} - {p.perturbation for p in auto.pairs(train)} == {"POU5F1", "NANOG"}
+
+
+def test_auto_asks_for_the_last_time_of_each_media(screen):
+    """What is hidden in one media is left out there and kept in the others."""
+    gene = screen.perturbations[0]
+    hidden = [p.perturbation == gene and p.media == "BMP4" and p.time == 3 for p in screen.conditions]
+    train = screen[~np.array(hidden)[screen.condition]]
+    left_out = {(p.perturbation, p.media) for a in [pb.SteadyState()] for p in a.pairs(screen) if p not in a.pairs(train)}
+    assert left_out == {(gene, "BMP4")}
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_assumption_and_one_twice(screen):
-    with pytest.raises(TypeError, match="An assumption is one of UneditedStable"):
+    with pytest.raises(TypeError, match=r"An assumption is one of Lipschitz\(\.\.\.\), SilentInBaseline"):
         bind(["SteadyState"], screen)
     with pytest.raises(TypeError, match=r"takes a list; write assumptions=\[UneditedStable\("):
         bind(pb.UneditedStable(), screen)

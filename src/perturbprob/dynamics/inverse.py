@@ -27,7 +27,7 @@ class Inverse:
     residual: Float[Tensor, " cell"]
 
 
-def jacobian(flow: Flow, z0: Float[Tensor, "cell latent"]) -> tuple[Float[Tensor, "cell latent"], Float[Tensor, "cell latent latent"]]:
+def jacobian(flow: Flow, z0: Float[Tensor, "cell latent"]) -> tuple[Float[Tensor, "cell state"], Float[Tensor, "cell state latent"]]:
     """Return z(t) and ∂z(t)/∂z₀ of each cell, one Jacobian-vector product for each latent axis. Cells do not see each other.
 
     >>> z, slope = jacobian(lambda z: z.square(), torch.tensor([[1.0, 3.0]]))
@@ -35,6 +35,7 @@ def jacobian(flow: Flow, z0: Float[Tensor, "cell latent"]) -> tuple[Float[Tensor
     tensor([[[2., 0.],
              [0., 6.]]])
     """
+    z0 = z0.contiguous()  # jvp refuses a known start that is one row repeated
     axes = torch.eye(z0.shape[-1], dtype=z0.dtype, device=z0.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch compiles its own rules for jvp at first use

@@ -1,8 +1,9 @@
 """The border for continuous values: means, intensities and their standard errors, checked."""
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32, Float64
 from scipy.sparse import csr_array, issparse
 
 from perturbprob.experiment.reading import some
@@ -28,6 +29,24 @@ def read_standard_errors(adata: AnnData, layer: str | None) -> Float32[np.ndarra
     if (values < 0).any() or np.isinf(values).any():
         raise ValueError(f"{name} holds negative or infinite values; a standard error is at least 0, or NaN where it is not known.")
     return values
+
+
+def read_cells_behind(adata: AnnData, name: str | None, perturbed: Bool[np.ndarray, " cell"]) -> Float64[np.ndarray, " cell"] | None:
+    """Return how many cells stand behind each row from a column; NaN, not known, is allowed for control only."""
+    if name is None:
+        return None
+    if name not in adata.obs:
+        raise ValueError(f"cells_behind={name!r} is not a column of adata.obs. {nearest(name, map(str, adata.obs.columns))}")
+    column = adata.obs[name].astype(object)
+    number = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+    wrong = ~(np.isfinite(number) & (number > 0)) & ~(column.isna().to_numpy() & ~perturbed)
+    if wrong.any():
+        found = f"{some(adata.obs_names[wrong], 'row')} with another, such as {column[wrong].iloc[0]!r}"
+        raise ValueError(
+            f"adata.obs[{name!r}] must hold the number of cells behind each row, above 0 (of control it may be NaN, not known): {found}. "
+            "Correct it, or drop these rows."
+        )
+    return number
 
 
 def _dense(adata: AnnData, layer: str | None) -> tuple[str, Float32[np.ndarray, "cell gene"]]:

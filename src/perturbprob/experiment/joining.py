@@ -48,6 +48,7 @@ def concat(screens: Mapping[str, "Screen"]) -> dict[str, Any]:
         "values": parts[0].values,
         "sgrna": np.concatenate([part.sgrna for part in parts]) if all(part.sgrna is not None for part in parts) else None,
         "standard_error": _standard_errors(parts, columns),
+        "cells_behind": np.concatenate([p.cells_behind for p in parts]) if all(p.cells_behind is not None for p in parts) else None,
     }
 
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
-from scipy.sparse import coo_array, csr_array
+
+from perturbprob.experiment.moments import Moments, relative_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,13 +37,9 @@ def pseudobulk(screen: "Screen", *, normalise: bool = False) -> xr.Dataset:
     from perturbprob.experiment.screen import require_screen
 
     require_screen(screen)
-    log_counts = _log_counts(screen, normalise)
-    cells = np.bincount(screen.condition, minlength=len(screen.conditions))
-    mean = _sums(screen, log_counts) / cells[:, None]
-    log_counts.data **= 2
-    squares = _sums(screen, log_counts) - cells[:, None] * mean**2
-    freedom = np.where(cells > 1, cells - 1.0, np.nan)[:, None]
-    data = {"mean": mean, "variance": np.maximum(squares, 0.0) / freedom, "n_cells": cells}
+    counts = relative_counts(screen.counts, screen.size_factor) if normalise else screen.counts.astype(np.float64)
+    found = Moments.of(counts.log1p(), screen.condition, len(screen.conditions))
+    data = {"mean": found.mean, "variance": found.unbiased_variance, "n_cells": found.n_cells}
     dims = {"mean": ("condition", "gene"), "variance": ("condition", "gene"), "n_cells": "condition"}
     attrs = {"scale": "log1p", "normalised": int(normalise)}
     return xr.Dataset({k: (dims[k], v) for k, v in data.items()}, condition_coordinates(screen, screen.conditions), attrs)
@@ -58,19 +54,3 @@ def condition_coordinates(screen: "Screen", conditions: "Sequence[Protocol]") ->
         "media": ("condition", [p.media or screen.baseline or "baseline" for p in conditions]),
         "time": ("condition", [p.time for p in conditions], {"units": screen.time_unit} if screen.time_unit else {}),
     }
-
-
-def _log_counts(screen: "Screen", normalise: bool) -> csr_array:
-    """Return log(1 + x), as sparse as the counts."""
-    counts = screen.counts.astype(np.float64)
-    if normalise:
-        counts.data /= np.repeat(screen.size_factor, np.diff(counts.indptr))
-    counts.data = np.log1p(counts.data)
-    return counts
-
-
-def _sums(screen: "Screen", values: csr_array) -> Float[np.ndarray, "condition gene"]:
-    """Return the sum over the cells of each condition."""
-    shape = (len(screen.conditions), screen.n_cells)
-    member = coo_array((np.ones(screen.n_cells), (screen.condition, np.arange(screen.n_cells))), shape=shape)
-    return np.asarray((member.tocsr() @ values).todense())

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from scipy.sparse import csr_array
 
+from perturbprob.experiment.moments import Moments, membership, relative_counts
+
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
@@ -80,7 +82,7 @@ class Course:
 
     def sums(self, values: csr_array) -> Float64[np.ndarray, "perturbation time gene"]:
         """Add up values of cells by perturbation and time."""
-        return (self._indicator @ values).toarray().reshape(len(self.perturbations), len(self.times), -1)
+        return (membership(self._group, self._n_groups) @ values).toarray().reshape(len(self.perturbations), len(self.times), -1)
 
     def controls(self, time: int) -> tuple[Float64[np.ndarray, "cell gene"], Float64[np.ndarray, " cell"]]:
         """Return counts and size factors of the control cells at one time."""
@@ -97,11 +99,9 @@ class Course:
         """Number of each cell's perturbation and time."""
         return self.perturbation * len(self.times) + self.time
 
-    @property
-    def _indicator(self) -> csr_array:
-        """One row per perturbation and time, 1 for its cells."""
-        cells = np.arange(len(self.time))
-        return csr_array((np.ones(len(cells)), (self._group, cells)), shape=(self._n_groups, len(cells)))
+    def moments(self, values: csr_array) -> Moments:
+        """Return the moments of values of cells by perturbation and time, groups in that order."""
+        return Moments.of(values, self._group, self._n_groups)
 
 
 def steps(course: Course) -> Float64[np.ndarray, "perturbation step gene"]:
@@ -276,24 +276,16 @@ def _draw(rng: np.random.Generator, n_draws: int, n_known: int, n_cells: int) ->
 
 def _log_values(course: Course) -> csr_array:
     """Return log₂(1 + x/ℓ) of every cell."""
-    values = course.counts.multiply(1 / course.size_factor[:, None]).tocsr()
-    values.data = np.log2(1 + values.data)
-    return values
+    return relative_counts(course.counts, course.size_factor).log1p() / np.log(2)
 
 
 def _changes(course: Course, values: csr_array) -> tuple[Float64[np.ndarray, "perturbation step gene"], ...]:
     """Return the change of the mean over cells between sequential times, and its sampling variance."""
-    mean, variance = _moments(course, values)
-    return np.diff(mean, axis=1), variance[:, 1:] + variance[:, :-1]
-
-
-def _moments(course: Course, values: csr_array) -> tuple[Float64[np.ndarray, "perturbation time gene"], ...]:
-    """Return the mean over cells and its sampling variance; NaN without cells."""
-    n = np.where(course.n_cells > 0, course.n_cells, np.nan)[..., None]
-    mean = course.sums(values) / n
-    squares = np.maximum(course.sums(values.power(2)) - n * mean**2, 0)
+    found, n = course.moments(values), np.where(course.n_cells > 0, course.n_cells, np.nan)[..., None]
+    mean, squares = (part.reshape(*course.n_cells.shape, -1) for part in (found.mean, found.squares))
     pooled = np.nansum(squares, axis=0) / np.maximum(np.nansum(n - 1, axis=0), 1)
-    return mean, (squares + _PRIOR_CELLS * pooled) / (n - 1 + _PRIOR_CELLS) / n
+    variance = (squares + _PRIOR_CELLS * pooled) / (n - 1 + _PRIOR_CELLS) / n
+    return np.diff(mean, axis=1), variance[:, 1:] + variance[:, :-1]
 
 
 def _drift_variance(
@@ -315,13 +307,13 @@ def _log_density(
 
 def _effective_genes(course: Course, values: csr_array) -> float:
     """Return how many independent genes the genes count for, G² / Σ ρ², by random probes of the correlation where genes are many."""
-    means, group = np.nan_to_num(_moments(course, values)[0].reshape(course._n_groups, -1)), course._group
-    variance = (values.power(2).sum(axis=0) - (course.n_cells.reshape(-1, 1) * means**2).sum(axis=0)) / len(group)
+    found, group = course.moments(values), course._group
+    means, variance = np.nan_to_num(found.mean), np.nansum(found.squares, axis=0) / len(group)
     scale = 1 / np.sqrt(np.where(variance > 1e-12, variance, np.inf))
     n_genes = len(scale)
     probes = np.random.default_rng(0).choice([-1.0, 1.0], (n_genes, _PROBES)) / _PROBES**0.5 if n_genes > _PROBES else np.eye(n_genes)
     cells = values @ (scale[:, None] * probes) - (means @ (scale[:, None] * probes))[group]
-    correlated = scale[:, None] * (values.T @ cells - means.T @ (course._indicator @ cells)) / len(group)
+    correlated = scale[:, None] * (values.T @ cells - means.T @ (membership(group, course._n_groups) @ cells)) / len(group)
     varied = int((scale > 0).sum())
     return varied**2 / max((correlated**2).sum() - varied**2 / len(group), varied, 1)
 
@@ -337,6 +329,11 @@ def _labels(screen: "Screen") -> list[str]:
 
 def _check_screen(screen: "Screen") -> None:
     """Refuse a screen in which nothing can be followed, or compared."""
+    if screen.values == "continuous":
+        raise ValueError(
+            "This screen holds continuous values; whether means move beyond noise is asked of single cells. "
+            "Read the counts of the cells: values='counts'."
+        )
     if len(screen.times) < 2:
         raise ValueError(
             f"This screen has a single time, {screen.times[0]:g}; what moves shows between two. "

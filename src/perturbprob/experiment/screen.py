@@ -2,7 +2,7 @@
 
 import html
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, final
@@ -16,10 +16,11 @@ from scipy.sparse import csr_array
 
 from perturbprob.experiment import reading
 from perturbprob.experiment.action import Protocol
-from perturbprob.experiment.continuous import read_standard_errors, read_values
+from perturbprob.experiment.continuous import read_cells_behind, read_standard_errors, read_values
 from perturbprob.experiment.joining import concat
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.raw_counts import read_counts
+from perturbprob.experiment.remarks import remarks
 from perturbprob.experiment.vocabulary import nearest
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Screen:
     - ``values``: "counts", or "continuous" for means and intensities, which ``counts`` then holds; ``standard_error`` of each,
       (cell, gene), NaN where it is not known, or None. Size factors are then 1.
     - ``screen_of_batch``: of a joint screen (`concat`), the name of the screen that each batch comes from; otherwise empty.
+    - ``cells_behind``: how many cells each row of continuous values is the mean of, NaN for control where it is not known; or None.
     - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way; empty where
       size factors were an array, and for a joint screen.
 
@@ -82,6 +84,7 @@ class Screen:
     depth: float = 0.0
     values: str = "counts"
     standard_error: Float32[np.ndarray, "cell gene"] | None = None
+    cells_behind: Float64[np.ndarray, " cell"] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     screen_of_batch: tuple[str, ...] = ()
 
@@ -109,6 +112,7 @@ class Screen:
         size_factor: str | ArrayLike | None = None,
         values: str = "counts",
         standard_error: str | None = None,
+        cells_behind: str | None = None,
     ) -> Self:
         """Read a screen from an AnnData; any of perturbation, media, time and batch may be absent (None, or a column of NaN).
 
@@ -125,7 +129,8 @@ class Screen:
         - ``batch``: one sequencing reaction.
 
         Other arguments: ``layer`` with raw counts (default X); ``sgrna``; ``size_factor``, a column or an array (cell,);
-        ``values="continuous"`` for pseudobulk means or intensities instead of counts, with the layer of their ``standard_error``.
+        ``values="continuous"`` for pseudobulk means or intensities instead of counts, with the layer of their ``standard_error`` and
+        the column ``cells_behind`` of the number of cells behind each row.
 
         A cell's protocol is P >> M >> W. Raises ValueError that says the fix for whatever is not a screen, and warns
         (`ScreenWarning`) of genes without counts, perturbed genes that are not measured, and batches without control.
@@ -136,7 +141,7 @@ class Screen:
         (Activation('CEBPA') >> Activation('KLF1') >> Wait(1), Activation('KLF1') >> Wait(1))
         """
         columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
-        _check_values(values, standard_error, size_factor)
+        _check_values(values, standard_error, cells_behind, size_factor)
         reading.check_names(adata)
         obs, words = adata.obs, reading.control_words(control)
         counts = read_counts(adata, layer) if values == "counts" else read_values(adata, layer)
@@ -161,13 +166,14 @@ class Screen:
             depth=float(values == "continuous"),
             values=values,
             standard_error=read_standard_errors(adata, standard_error),
+            cells_behind=read_cells_behind(adata, cells_behind, np.array([bool(p.perturbations) for p in conditions])[condition]),
             control=next(iter(words), "control"),
             baseline=baseline,
             time_unit=time_unit,
             sgrna=None if spacers is None else _text(spacers),
             columns={} if size_factor is not None and not isinstance(size_factor, str) else columns | {"control": list(words)},
         )
-        for remark in _remarks(screen):
+        for remark in remarks(screen):
             warnings.warn(remark, ScreenWarning, stacklevel=2)
         return screen
 
@@ -250,6 +256,7 @@ class Screen:
             size_factor=self.size_factor[index],
             sgrna=None if self.sgrna is None else self.sgrna[index],
             standard_error=None if self.standard_error is None else self.standard_error[index],
+            cells_behind=None if self.cells_behind is None else self.cells_behind[index],
         )
 
     def cells_of(self, condition: Protocol | str) -> Int64[np.ndarray, " chosen"]:
@@ -275,7 +282,8 @@ class Screen:
     def pseudobulk(self, *, normalise: bool = False) -> Self:
         """Return the means of log(1 + count) as a screen of continuous values: one row for each condition in each batch.
 
-        ``standard_error`` is that of the mean over cells, NaN for a single cell. With ``normalise`` counts are divided by size factors.
+        ``standard_error`` is that of the mean over the ``cells_behind`` the row, NaN for a single cell. With ``normalise`` counts are
+        divided by size factors.
 
         >>> from perturbprob.experiment import datasets
         >>> datasets.ishikawa2023().pseudobulk().counts.shape
@@ -292,6 +300,7 @@ class Screen:
             self,
             counts=csr_array(means),
             standard_error=error,
+            cells_behind=np.concatenate([part["n_cells"].values for _, part in parts]).astype(np.float64),
             values="continuous",
             cells=_text(names),
             condition=np.array([number[c] for _, part in parts for c in part["condition"].values], dtype=np.int64),
@@ -362,12 +371,14 @@ def require_screen(screen: object) -> None:
         )
 
 
-def _check_values(values: str, standard_error: str | None, size_factor: object) -> None:
+def _check_values(values: str, standard_error: str | None, cells_behind: str | None, size_factor: object) -> None:
     """Refuse kinds of values that do not exist, and what does not go with them."""
     if values not in ("counts", "continuous"):
         raise ValueError(f"values={values!r} is neither 'counts' nor 'continuous'.")
     if values == "counts" and standard_error is not None:
         raise ValueError("standard_error= goes with values='continuous': counts carry their own noise.")
+    if values == "counts" and cells_behind is not None:
+        raise ValueError("cells_behind= goes with values='continuous': a row of counts is one cell.")
     if values == "continuous" and size_factor is not None:
         raise ValueError("size_factor= goes with counts: bring continuous values to one scale before they are read.")
 
@@ -375,26 +386,3 @@ def _check_values(values: str, standard_error: str | None, size_factor: object) 
 def _text(names: ArrayLike) -> np.ndarray:
     """Return names as an array of str objects."""
     return np.asarray(names).astype(str).astype(object)
-
-
-def _remarks(screen: Screen) -> Iterator[str]:
-    """Say what the owner of a valid screen should know, each with what can be done."""
-    silent = (
-        np.zeros(screen.n_genes, bool)
-        if screen.values == "continuous"
-        else (np.bincount(screen.counts.indices, minlength=screen.n_genes) == 0)
-    )
-    if silent.any():
-        found = reading.some(np.array(screen.genes)[silent], "gene")
-        drop = "adata = adata[:, np.asarray(adata.X.sum(axis=0)).ravel() > 0]"
-        yield f"{found} without any count. Kept, but nothing can be learnt of them; to drop them: {drop}."
-    edited = {a.gene for p in screen.conditions for a in p.perturbations}
-    unseen = sorted({gene for gene in edited if reading.genes_of(gene)} - set(screen.genes))  # no gene is called NT
-    if unseen:
-        found = reading.some(unseen, "perturbed gene")
-        yield f"{found} not in adata.var_names. Allowed; if var_names are identifiers, set them to the symbols that perturbations use."
-    if lacking := screen.layout.batches_without_control():
-        found = reading.some(lacking, "batch", "batches")
-        yield f"{found} without control cells: there, batch effects are learnt from perturbed cells only."
-    if screen.baseline is not None and screen.baseline not in screen.media:
-        yield f"No cell is in the baseline media {screen.baseline!r}; all are in {screen.media[0]!r}. If it is misspelt, correct baseline=."

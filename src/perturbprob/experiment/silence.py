@@ -5,57 +5,90 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control, norm
+
+from perturbprob.experiment.moments import Moments, membership, relative_counts
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
 _BOOTSTRAPS = 2000
+_PRIOR_CELLS = 20  # for how many cells the variance of all groups counts in that of one
+_THINNED = 20
 
 
 @final
 @dataclass(frozen=True)
 class Group:
-    """Mean of each gene over the cells of a perturbation in one media, the squared error of that mean, and the cells behind it."""
+    """Mean of each gene over the cells of a perturbation in one media, the variance between its cells, and their number.
+
+    Both are NaN for a gene of which nothing is known.
+    """
 
     mean: Float[np.ndarray, " gene"]
-    squared_error: Float[np.ndarray, " gene"]
+    variance: Float[np.ndarray, " gene"]
     n_cells: float
 
-    def with_cells(self, n_cells: float) -> Float[np.ndarray, " gene"]:
-        """Return the squared error that so many cells would have left."""
-        return self.squared_error * self.n_cells / n_cells
+    def thinned(self, n_cells: float, rng: np.random.Generator) -> "Group":
+        """Return what so many of its cells would have shown: the mean with the noise that the other cells took away."""
+        missing = self.variance * max(0.0, 1 / n_cells - 1 / self.n_cells)
+        return Group(self.mean + rng.standard_normal(len(self.mean)) * np.sqrt(missing), self.variance, n_cells)
 
 
-def group(screen: "Screen", perturbation: str, media: str | None, cells: Float[np.ndarray, " row"] | None = None) -> Group | None:
-    """Return the group of a perturbation in one media (None: baseline), or None where it was not measured.
+def groups(screen: "Screen") -> dict[tuple[str, str | None], Group]:
+    """Return the mean of log(1 + count / size factor) for each perturbation in each media (None: baseline), over all times.
 
-    ``cells`` says how many cells stand behind each row of a screen of continuous values.
+    Of continuous values, the mean of the rows, weighted by the cells behind each where these are known. A row whose standard error
+    is not known is left out; but a control of which none is known counts as exact. The variance of few cells is shrunken towards that
+    of all groups, which counts for 20 cells: a gene with zeros in every cell of a small group is not known exactly.
     """
-    own = [k for k, p in enumerate(screen.conditions) if p.perturbation == perturbation and p.media == media]
-    rows = np.isin(screen.condition, own)
-    n = int(rows.sum())
-    if not n:
-        return None
+    keys = [(p.perturbation, p.media) for p in screen.conditions]
+    names = list(dict.fromkeys(keys))
+    group = np.array([names.index(key) for key in keys])[screen.condition]
     if screen.values == "continuous":
-        error = np.zeros((n, screen.n_genes)) if screen.standard_error is None else np.nan_to_num(screen.standard_error[rows])
-        behind = 1.0 if cells is None else float(np.nansum(cells[rows])) or 1.0
-        return Group(np.asarray(screen.counts[rows].mean(0)).ravel(), (error.astype(float) ** 2).sum(0) / n**2, behind)
-    share = screen.counts[rows].multiply(1 / screen.size_factor[rows, None]).tocsr()
-    share.data = np.log1p(share.data)
-    mean = np.asarray(share.mean(0)).ravel()
-    variance = np.maximum(np.asarray(share.multiply(share).mean(0)).ravel() - mean**2, 0)
-    return Group(mean, (variance + 1e-9) / n, float(n))
+        mean, error, n_cells = _rows(screen, group, [name == "control" for name, _ in names])
+        variance = error * n_cells[:, None]
+    else:
+        found = Moments.of(relative_counts(screen.counts, screen.size_factor).log1p(), group, len(names))
+        mean, variance, n_cells = found.mean, found.unbiased_variance, found.n_cells.astype(float)
+    parts = zip(mean, _shrunken(variance, n_cells), n_cells, strict=True)
+    return {name: Group(*part) for name, part in zip(names, parts, strict=True)}
 
 
-def changed(own: Group, control: Group, n_cells: float, rate: float = 0.05) -> Bool[np.ndarray, " gene"]:
-    """Return which genes differ from control at a false discovery rate, as if there were ``n_cells`` cells of the perturbation.
+def _shrunken(variance: Float[np.ndarray, "group gene"], n_cells: Float[np.ndarray, " group"]) -> Float[np.ndarray, "group gene"]:
+    """Shrink variances towards their mean over all groups; an exact group, of variance 0 in every gene, stays exact."""
+    exact, freedom = (variance == 0).all(axis=1), np.maximum(n_cells - 1, 0)[:, None]
+    counted = freedom * (np.isfinite(variance) & ~exact[:, None])
+    pooled = (counted * np.nan_to_num(variance)).sum(axis=0) / np.maximum(counted.sum(axis=0), 1e-12)
+    single = np.where(np.isnan(variance) & (freedom == 0), pooled, variance)
+    shrunken = (freedom * single + _PRIOR_CELLS * pooled) / (freedom + _PRIOR_CELLS)
+    return np.where(exact[:, None], 0.0, shrunken)
 
-    z = (mean − mean of control) / standard error of the difference; p from the normal law, corrected by Benjamini and Hochberg.
+
+def _rows(screen: "Screen", group: Int[np.ndarray, " cell"], control: list[bool]) -> tuple[Float[np.ndarray, "group ..."], ...]:
+    """Return mean and squared error of groups of rows, and the cells behind them."""
+    member, shape = membership(group, len(control)), (screen.n_cells, screen.n_genes)
+    error = np.full(shape, np.nan) if screen.standard_error is None else screen.standard_error.astype(float)
+    number = np.ones(screen.n_cells) if screen.cells_behind is None else np.nan_to_num(screen.cells_behind, nan=1.0)
+    known = np.isfinite(error)
+    exact = np.array(control)[:, None] & (member @ known.astype(float) == 0)
+    weight = number[:, None] * (known | exact[group])
+    total = member @ weight
+    total[total == 0] = np.nan
+    mean = member @ (weight * screen.counts.toarray()) / total
+    return mean, member @ (weight * np.nan_to_num(error)) ** 2 / total**2, member @ number
+
+
+def changed(own: Group, control: Group, rate: float = 0.05) -> Bool[np.ndarray, " gene"]:
+    """Return which genes differ from control at a false discovery rate.
+
+    z = (mean − mean of control) / standard error of the difference; p from the normal law, corrected by Benjamini and Hochberg. A gene
+    of which nothing is known counts as unchanged.
     """
-    error = np.sqrt(own.with_cells(n_cells) + control.squared_error) + 1e-12
-    return false_discovery_control(2 * norm.sf(np.abs(own.mean - control.mean) / error)) < rate
+    error = np.sqrt(own.variance / own.n_cells + control.variance / control.n_cells) + 1e-12
+    z = np.nan_to_num(np.abs(own.mean - control.mean) / error)
+    return false_discovery_control(2 * norm.sf(z)) < rate
 
 
 @final
@@ -69,32 +102,39 @@ class Silence:
     confounds: tuple[str, ...] = ()
 
 
-def silence(screen: "Screen", perturbations: list[str], cells: Float[np.ndarray, " row"] | None = None, seed: int = 0) -> Silence:
+def silence(screen: "Screen", perturbations: list[str], seed: int = 0) -> Silence:
     """Compare the numbers of genes that perturbations change in other media and in baseline media.
 
-    Every perturbation counts in both with the smaller of its numbers of cells: more cells alone would change more genes. The
-    interval is a bootstrap over perturbations and media.
+    Every perturbation counts in both with the smaller of its numbers of cells, as more cells alone would change more genes: the noise
+    that the other cells took away is added again, in 20 draws from ``seed``. The interval is a bootstrap over perturbations and media.
+    ``confounds`` says what a screen of continuous values leaves open.
     """
-    media = sorted({p.media for p in screen.conditions if p.media is not None})
-    pairs = [_pair(screen, name, m, cells) for name in perturbations for m in media]
+    found, media = groups(screen), sorted({p.media for p in screen.conditions if p.media is not None})
+    rng = np.random.default_rng(seed)
+    pairs = [_pair(found, name, m, rng) for name in perturbations for m in media]
     counts = np.array([pair for pair in pairs if pair is not None], dtype=float)
-    if not len(counts):
+    if not len(counts) or (screen.values == "continuous" and screen.standard_error is None):
         what = "no perturbation is measured, with control, both in baseline and in other media."
-        return Silence(math.nan, (math.nan, math.nan), math.nan, (what,))
-    rows = np.random.default_rng(seed).integers(len(counts), size=(_BOOTSTRAPS, len(counts)))
+        noise = "values without standard errors do not show which genes change: read them with standard_error=."
+        return Silence(math.nan, (math.nan, math.nan), math.nan, (noise if len(counts) else what,))
+    rows = rng.integers(len(counts), size=(_BOOTSTRAPS, len(counts)))
     logs = _log_ratio(counts[rows].sum(axis=1))
     low, high = (float(np.exp(q)) for q in np.quantile(logs, (0.05, 0.95)))
-    return Silence(float(np.exp(_log_ratio(counts.sum(axis=0)))), (low, high), float(logs.std()))
+    unmatched = "numbers of cells are not known, so they are not matched, and more cells alone change more genes: read cells_behind=."
+    confounds = (unmatched,) if screen.values == "continuous" and screen.cells_behind is None else ()
+    return Silence(float(np.exp(_log_ratio(counts.sum(axis=0)))), (low, high), float(logs.std()), confounds)
 
 
-def _pair(screen: "Screen", name: str, media: str, cells: Float[np.ndarray, " row"] | None) -> tuple[int, int] | None:
+def _pair(found: dict[tuple[str, str | None], Group], name: str, media: str, rng: np.random.Generator) -> tuple[float, float] | None:
     """Return how many genes a perturbation changes in one media and in baseline media, at matched cell numbers."""
-    here, there = group(screen, name, media, cells), group(screen, name, None, cells)
-    control, reference = group(screen, "control", media, cells), group(screen, "control", None, cells)
-    if here is None or there is None or control is None or reference is None:
+    keys = [(name, media), ("control", media), (name, None), ("control", None)]
+    if not all(key in found for key in keys):
         return None
+    here, control, there, reference = (found[key] for key in keys)
     n_cells = min(here.n_cells, there.n_cells)
-    return int(changed(here, control, n_cells).sum()), int(changed(there, reference, n_cells).sum())
+    draws = [[changed(one.thinned(n_cells, rng), c).sum() for one, c in ((here, control), (there, reference))] for _ in range(_THINNED)]
+    first, second = np.mean(draws, axis=0)
+    return float(first), float(second)
 
 
 def _log_ratio(counts: Float[np.ndarray, "*draw media"]) -> Float[np.ndarray, "*draw"]:

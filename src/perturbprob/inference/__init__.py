@@ -6,6 +6,7 @@ from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import coherent_draws
 from perturbprob.inference.effects import effects
 from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
+from perturbprob.inference.lipschitz import lipschitz_constant
 from perturbprob.inference.posterior import posterior, prior
 from perturbprob.inference.predict import AliasedWarning, UndeclaredWarning, predict
 from perturbprob.inference.storage import load
@@ -21,6 +22,7 @@ __all__ = [
     "counterfactual",
     "effects",
     "fit",
+    "lipschitz_constant",
     "load",
     "log_density",
     "posterior",

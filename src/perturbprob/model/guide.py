@@ -8,10 +8,11 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro.nn import PyroModule
-from scipy.sparse import csr_array, csr_matrix
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from perturbprob.experiment.moments import Moments, membership, relative_counts
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
 
@@ -229,19 +230,17 @@ def _members(model: CellModel, screen: "Screen") -> Float[Tensor, "node conditio
     return member
 
 
-def _information(counts: csr_array | csr_matrix, group: np.ndarray, n_groups: int) -> Float[Tensor, "group gene"]:
+def _information(counts: csr_array, group: np.ndarray, n_groups: int) -> Float[Tensor, "group gene"]:
     """Return about how much the counts of each group of cells tell of each gene's log rate."""
-    member = csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (n_groups, len(group)))
-    total, cells = np.asarray((member @ counts).todense()), np.maximum(np.bincount(group, minlength=n_groups), 1)
+    total, cells = (membership(group, n_groups) @ counts).toarray(), np.maximum(np.bincount(group, minlength=n_groups), 1)
     return torch.as_tensor(total / (1 + total / cells[:, None]), dtype=torch.float32)
 
 
 def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " gene"]]:
     """Return mean and dispersion of each gene by the method of moments, from counts over size factors."""
-    share = screen.counts.multiply(1 / screen.size_factor[:, None]).tocsr()
-    mean = np.asarray(share.mean(0)).ravel() + 1e-6
-    variance = np.asarray(share.multiply(share).mean(0)).ravel() - mean**2
-    excess = (variance - mean * np.mean(1 / screen.size_factor)) / mean**2
+    found = Moments.of(relative_counts(screen.counts, screen.size_factor))
+    mean = found.mean[0] + 1e-6
+    excess = (found.variance[0] - mean * np.mean(1 / screen.size_factor)) / mean**2
     return torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(1 / excess.clip(0.02, 20), dtype=torch.float32)
 
 

@@ -1,0 +1,87 @@
+"""Perturbations that do nothing in baseline media (eqs 13-14, appendix A)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from perturbprob.experiment.action import Protocol, Wait
+from perturbprob.experiment.paths import Pair, state
+from perturbprob.experiment.silence import silence
+from perturbprob.experiment.vocabulary import nearest
+from perturbprob.model.assumptions.assumption import Assumption, Bound
+from perturbprob.model.assumptions.evidence import AssumptionTest
+from perturbprob.model.assumptions.terms import carried, location, standard_error
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.model.cell_model import CellModel
+
+
+@final
+@dataclass(frozen=True)
+class SilentInBaseline(Assumption):
+    """These perturbations do nothing in baseline media: X_t^p = X^p (eqs 13-14, appendix A).
+
+    ``conditions``: perturbation names, or "auto", all. The term: for each, the difference from control of the same time in baseline
+    media, in log rate averaged over rest states, is Normal(0, noise), the noise being the standard error of that difference.
+    """
+
+    conditions: str | tuple[str, ...] = "auto"
+
+    def __init__(self, conditions: str | Sequence[str] = "auto") -> None:
+        """Keep the names."""
+        several = (conditions,) if isinstance(conditions, str) and conditions != "auto" else conditions
+        object.__setattr__(self, "conditions", several if several == "auto" else tuple(several))
+
+    def bind(self, screen: "Screen") -> Bound:
+        """Find the conditions in baseline media, or where they were not measured what they would be, and their noise."""
+        protocols = tuple(self._protocols(screen))
+        noise = np.hypot(standard_error(screen, protocols), standard_error(screen, [p.unperturbed() for p in protocols]))
+        return Bound(self, protocols, (1.0,) * len(protocols), noise)
+
+    def term(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound) -> Float[Tensor, ""]:
+        """Return Σ_p Σ_g log Normal(difference_pg | 0, noise_pg)."""
+        here, control = (
+            location(model, sites, carried(model, sites, protocols).z).mean(0)
+            for protocols in (bound.protocols, [p.unperturbed() for p in bound.protocols])
+        )
+        return bound.log_density(here - control).sum()
+
+    def pairs(self, screen: "Screen") -> list[Pair]:
+        """Return F(X_t^p, ·, m, t) → X_{m,t}^p for each perturbation and media beside the baseline: n_S n_m pairs."""
+        baseline = screen.baseline or "baseline"
+        media = [m for m in screen.media if m != baseline]
+        return [
+            Pair(type(self).__name__, 1, p, m, state(p, baseline, baseline), f"(·, {m}, t)", state(p, m, baseline))
+            for p in self._names(screen)
+            for m in media
+        ]
+
+    def test(self, screen: "Screen") -> AssumptionTest:
+        """Ask how many genes perturbations change in other media for each that they change in baseline media, at matched cell numbers."""
+        found = silence(screen, self._names(screen))
+        what = "genes changed in other media for each changed in baseline media, at matched numbers of cells:"
+        power = 0.5 * math.erfc((1.645 - abs(math.log(found.ratio)) / max(found.spread, 1e-12)) / math.sqrt(2))
+        smallest = math.exp((1.645 + 0.842) * found.spread)
+        return AssumptionTest(type(self).__name__, what, found.ratio, found.interval, smallest, power, found.confounds)
+
+    def _names(self, screen: "Screen") -> list[str]:
+        """Return the perturbations, each known to the screen."""
+        if self.conditions == "auto":
+            return list(screen.perturbations)
+        for name in self.conditions:
+            if name not in screen.perturbations:
+                raise ValueError(
+                    f"SilentInBaseline names {name!r}, which is no perturbation of this screen. {nearest(name, screen.perturbations)}"
+                )
+        return list(self.conditions)
+
+    def _protocols(self, screen: "Screen") -> list[Protocol]:
+        """Return each perturbation alone at each time of the screen."""
+        kinds = {p.perturbation: p.perturbations for p in screen.conditions}
+        return [Protocol([*kinds[name], Wait(time)]) for name in self._names(screen) for time in screen.times]

@@ -1,0 +1,31 @@
+"""Unedited cells stay as they are (2.3.1)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from perturbprob.experiment import rest
+from perturbprob.experiment.paths import Pair
+from perturbprob.model.assumptions.assumption import Assumption
+from perturbprob.model.assumptions.evidence import AssumptionTest
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+
+
+@final
+@dataclass(frozen=True)
+class UneditedStable(Assumption):
+    """Unedited cells do not respond to baseline media: X_t = X (2.3.1).
+
+    The push without marks is 0 by construction, so the term is 0, and control cells of any time are X: path 4 is the identity.
+    """
+
+    def pairs(self, screen: "Screen") -> list[Pair]:
+        """Return X_t → X for path 4, which is then an identity: one pair."""
+        baseline = screen.baseline or "baseline"
+        return [Pair(type(self).__name__, 4, "control", baseline, "X[t]", "(·, ·, 0)", "X")]
+
+    def test(self, screen: "Screen") -> AssumptionTest:
+        """Ask how far control cells in baseline media move per unit of time, root mean square over genes in log₂ units."""
+        what = "control cells in baseline media move, per unit of time, by log₂"
+        return AssumptionTest.of_movement(type(self).__name__, what, screen, lambda course: rest.movement(course, drift=True)[:, 0])
