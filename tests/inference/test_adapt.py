@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
@@ -21,7 +22,8 @@ def simulation() -> Simulation:
 def fit(simulation: Simulation) -> pb.Fit:
     """A fit of three of them."""
     train = simulation.screen[simulation.screen.batch < 3]
-    return pb.fit(pb.node(train, 3), train, epochs=30, warmup=5, progress=False)
+    model = pb.node(train, 3, assumptions=[pb.UneditedStable()])
+    return pb.fit(model, train, epochs=30, warmup=5, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_a_new_batch_is_found_from_its_controls_with_its_uncertainty(adapted: pb
     draws = pb.posterior(adapted, n_draws=400).posterior["batch_effect"].sel(batch="batch4").squeeze("chain")
     expected = truth(simulation)
     error = draws.mean("draw").values - expected
-    assert np.sqrt((error**2).mean()) < 0.35 * np.sqrt((expected**2).mean())
+    assert np.sqrt((error**2).mean()) < 0.45 * np.sqrt((expected**2).mean())
     lower, upper = draws.quantile([0.05, 0.95], "draw").values
     assert ((lower <= expected) & (expected <= upper)).mean() >= 0.7
 
@@ -69,12 +71,11 @@ def test_means_of_the_new_batch_are_predicted_better_than_without(adapted: pb.Fi
 
 @pytest.mark.slow
 def test_everything_else_is_as_it_was_fitted(adapted: pb.Fit, fit: pb.Fit) -> None:
-    known = list(fit.model.vocabulary.batches)
-    before, after = (pb.posterior(f, n_draws=300).posterior for f in (fit, adapted))
-    for name in ("gene_bias", "dispersion"):
-        np.testing.assert_allclose(before[name].mean("draw"), after[name].mean("draw"), rtol=0.05, atol=0.02)
-    np.testing.assert_allclose(before["batch_effect"].mean("draw"), after["batch_effect"].sel(batch=known).mean("draw"), atol=0.02)
-    assert fit.model.vocabulary.batches == tuple(known)
+    for part in ("model", "guide"):
+        before, after = (getattr(f, part).state_dict() for f in (fit, adapted))
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert {name.rsplit("_", 1)[0].removesuffix("_log") for name in set(after) - set(before)} <= {"batch_adapted"}
+    assert fit.model.vocabulary.batches == ("batch1", "batch2", "batch3")
     one, two = (pb.predict(f, pb.Protocol([pb.Wait(1)]), batch="average", **SHORT)["mean"] for f in (fit, adapted))
     np.testing.assert_allclose(one, two, rtol=0.05)
 
@@ -119,3 +120,14 @@ def test_what_adapt_and_translate_refuse(fit: pb.Fit, controls: pb.Screen, simul
         alone = pb.fit(pb.node(one, 2), one, epochs=1, progress=False)
     with pytest.raises(ValueError, match="has one batch, so how far batches differ was never seen"):
         pb.adapt(alone, controls, "batch4", **SHORT)
+
+
+@pytest.mark.slow
+def test_in_gene_space_the_effect_is_the_mean_of_what_is_left(simulation: Simulation) -> None:
+    bulk = simulation.screen.pseudobulk()
+    train, new = bulk[bulk.batch < 3], bulk[bulk.batch == 3]
+    fit = pb.fit(pb.node(train, assumptions=[pb.UneditedStable()]), train, epochs=150, learning_rate=1e-2, validation=0.0, progress=False)
+    again = pb.adapt(fit, new, "batch4", n_draws=10, progress=False)
+    draws = pb.posterior(again, n_draws=50).posterior["batch_effect"].sel(batch="batch4")
+    left = new.counts.toarray() - pb.predict(fit, list(new.conditions), n_draws=20, progress=False)["mean"].values
+    assert np.corrcoef(draws.mean(("chain", "draw")), left.mean(0))[0, 1] > 0.95

@@ -4,36 +4,34 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
-from perturbprob.model.cells import Cells, CellTable
+from perturbprob.inference.predict import Expectation
+from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
-    from perturbprob.model.cell_model import CellModel
-
-NEWTON_STEPS = 12
-ROUNDS = 3
-"""How often the cells' states are found again, their counts corrected by the η found so far."""
 
 
-def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, minibatch: int = 512, seed: int = 0, progress: bool = True) -> "Fit":
+def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int = 0, progress: bool = True) -> "Fit":
     """Return a fit that also knows ``batch``, whose η is estimated from given cells; everything else is as it was fitted.
 
-    For each of ``n_draws`` coherent draws of the globals, z of every cell is drawn from q(z₀ | x) and carried through the cell's
-    protocol; then, gene by gene,
+    For each of ``n_draws`` coherent draws of the globals the expected counts m_ng of the cells at η = 0 are known, averaged over rest
+    states, and so is their variance. The quasi-likelihood of η_g has its mode and its variance in closed form,
 
-        log p(η_g) = log Normal(η_g | 0, τ_g²) + Σ_cells log p(x_g | log rate + η_g),
+        log (Σ_n x_ng + ½) / (Σ_n m_ng + ½)  and  1 / (Σ_n x_ng + ½) + Σ_n m_ng² (1/θ_g + CV²) / (Σ_n m_ng)²,
 
-    is maximised by Newton steps, and its curvature gives the spread. The law kept is normal per gene, with the mean and
-    variance over draws. Fold changes and states of the cells are known from the other batches, so control cells alone will do. A new
-    batch is not part of the zero sum: its η is relative to the average of those fitted. In a fit with ``batch_effect="state"`` it is
-    constant over states and media.
+    CV² being the variance of a gene's expected share between cells over the square of its mean; both meet the prior
+    Normal(0, τ_g²). It asks nothing of q(z | x), which has never seen the batch and would take part of η for states of the cells. The
+    law kept is normal per gene, with mean and variance over draws. Fold changes are known from the other batches, so control cells
+    alone will do. A new batch is not part of the zero sum: its η is relative to the average of those fitted. In a fit with
+    ``batch_effect="state"`` it is constant over states and media. Of continuous values, η is the mean of x − m.
 
     ``cells`` holds cells of that batch: those labelled so, or all where there is one batch only. Raises ValueError for a batch that
     the fit knows, for cells of other batches only, and for a fit of one batch, in which η has no scale.
@@ -49,15 +47,14 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, minibatch
     require_screen(cells)
     check_draws(n_draws)
     cells = _of_batch(fit, cells, batch)
-    table, means, variances = CellTable(fit.model, cells, batch=-1), [], []
+    seen, found = _Seen(fit, cells), []
     for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="adapt" if progress else None)):
         with seeded(seed, k, 6):
-            mean, variance = _mode(fit, table, table.sites(draw), minibatch)
-        means.append(mean)
-        variances.append(variance)
-    mean, variance = torch.stack(means), torch.stack(variances)
-    spread = mean.var(0, correction=0) + variance.mean(0)
-    return _extended(fit, batch, mean.mean(0), spread, cells)
+            mean, variance = seen.mode(draw)
+        prior = draw["batch_scale"].square()
+        found.append(torch.stack([mean * prior / (prior + variance), variance * prior / (prior + variance)]))
+    mean, variance = torch.stack(found, 1)
+    return _extended(fit, batch, mean.mean(0), mean.var(0, correction=0) + variance.mean(0), cells)
 
 
 def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:
@@ -73,40 +70,43 @@ def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:
     return cells
 
 
-def _mode(fit: "Fit", table: CellTable, sites: Sites, minibatch: int) -> tuple[Float[Tensor, " gene"], Float[Tensor, " gene"]]:
-    """Return the most probable η given one draw of the globals, and the inverse of its curvature."""
-    model, precision = fit.model, sites["batch_scale"].square().reciprocal()
-    eta = torch.zeros_like(model.log_share)
-    for _ in range(ROUNDS):
-        with torch.no_grad():
-            parts = [(_offset(fit, sites, cells, eta), cells) for cells in table.minibatches(minibatch)]
-        for _ in range(NEWTON_STEPS):
-            slopes = [_slope(model, sites, offset + eta, cells) for offset, cells in parts]
-            slope = sum(s for s, _ in slopes) - precision * eta
-            curvature = sum(c for _, c in slopes) + precision
-            step = (slope / curvature).clamp(-1, 1)
-            eta = eta + step
-            if step.abs().max() < 1e-4:
-                break
-    return eta, 1 / curvature
+class _Seen:
+    """What the cells of the new batch add up to, and what a draw of the globals expects of them."""
 
+    def __init__(self, fit: "Fit", cells: Screen) -> None:
+        """Add up the values of each gene, and depths and their squares over the cells of each condition."""
+        self.model, n = fit.model, len(cells.conditions)
+        self.expectation = Expectation(fit, list(cells.conditions), [None] * n)
+        depth = (CellTable(fit.model, cells, batch=-1).log_size_factor + float(fit.model.log_depth)).double().exp()
+        condition = torch.as_tensor(cells.condition)
+        self.depth, self.squares = (torch.zeros(n, dtype=torch.double).index_add_(0, condition, d) for d in (depth, depth.square()))
+        self.cells = torch.bincount(condition, minlength=n).double()
+        self.total = torch.as_tensor(np.asarray(cells.counts.sum(axis=0, dtype=np.float64)).ravel())
+        known = cells.standard_error
+        self.known = 0.0 if known is None else torch.as_tensor(np.nan_to_num(known).astype(float) ** 2).sum(0)
 
-def _offset(fit: "Fit", sites: Sites, cells: Cells, eta: Float[Tensor, " gene"]) -> Float[Tensor, "cell gene"]:
-    """Return the location of each cell's law without the new η, given a draw of its state from counts corrected by η."""
-    model = fit.model
-    corrected = cells.counts * torch.exp(-eta) if model.start is None else cells.counts - eta
-    z = fit.guide.rest(replace(cells, counts=corrected)).sample()
-    return (cells.log_size_factor + model.log_depth)[:, None] + model.log_shares(sites, model.moved(sites, z, cells.protocol), cells.rows)
+    @torch.no_grad()
+    def mode(self, draw: Sites) -> tuple[Float[Tensor, " gene"], Float[Tensor, " gene"]]:
+        """Return, given one draw of the globals, the most probable η without its prior, and its variance."""
+        sites = self.expectation.complete(draw)
+        parts = [self._moments(sites, part) for part in self.expectation.parts]
+        mean, variance = (torch.cat(values).double() for values in zip(*parts, strict=True))
+        unit = self.model.law(sites, torch.zeros_like(self.model.log_share))
+        if self.model.start is not None:
+            n = self.cells.sum()
+            noise = self.cells @ variance + n * unit.variance + self.known
+            return ((self.total - self.cells @ mean) / n).to(draw["gene_bias"]), (noise / n**2).to(draw["gene_bias"])
+        extra = (unit.variance - unit.mean) / unit.mean.square() + variance / mean.square()
+        expected = (self.depth @ mean) * unit.mean
+        spread = (self.squares @ (mean.square() * extra)) * unit.mean.square() / expected.square()
+        eta, variance = ((self.total + 0.5) / (expected + 0.5)).log(), 1 / (self.total + 0.5) + spread
+        return eta.to(draw["gene_bias"]), variance.to(draw["gene_bias"])
 
-
-@torch.enable_grad()
-def _slope(model: "CellModel", sites: Sites, location: Float[Tensor, "cell gene"], cells: Cells) -> tuple[Tensor, Tensor]:
-    """Return, summed over cells, slope and curvature of the log-density of each gene along its location; the curvature at least 0."""
-    location = location.detach().requires_grad_()
-    total = model.law(sites, location, cells.standard_error).log_prob(cells.counts).sum()
-    (slope,) = torch.autograd.grad(total, location, create_graph=True)
-    (bend,) = torch.autograd.grad(slope.sum(), location)
-    return slope.detach().sum(0), -bend.sum(0).clamp(max=0)
+    def _moments(self, sites: Sites, part: Tensor) -> tuple[Float[Tensor, "part gene"], Float[Tensor, "part gene"]]:
+        """Return mean and variance over rest states of the expected share, or of the location of continuous values."""
+        values = self.expectation.log_shares(sites, part)
+        values = values.exp() if self.model.start is None else values
+        return values.mean(0).cpu(), values.var(0, correction=0).cpu()
 
 
 def _extended(fit: "Fit", batch: str, mean: Float[Tensor, " gene"], variance: Float[Tensor, " gene"], cells: Screen) -> "Fit":
