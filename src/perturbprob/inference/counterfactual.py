@@ -76,7 +76,13 @@ def counterfactual(
             running.add([_answer(fit, *pair, here, there, route) for here, there in parts])
     if route == "inverse":
         running.check(condition_bound)
-    attrs = {"protocol": str(new), "route": route, "level": level, "n_draws": n_draws, "units": "log of the expected count of a cell"}
+    attrs = {
+        "protocol": str(new),
+        "route": route,
+        "level": level,
+        "n_draws": n_draws,
+        "units": "log of the expected count of a cell" if fit.model.start is None else "as measured",
+    }
     return running.dataset(cells, level, attrs)
 
 
