@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import perturbprob as pb
 from perturbprob import demo as demonstration
 from perturbprob.cli import app
+from perturbprob.studies.proof_of_principle import LOSSES
 
 COLUMNS = ["--perturbation", "gene", "--control", "scrambled", "--perturbation-type", "CRISPRi", "--time", "day", "--time-unit", "day"]
 
@@ -271,3 +272,9 @@ def test_the_study_prints_rows_baselines_and_floor():
     assert {"start", "loss", "step", "mse_mean", "mse_sd", "win_rate"} <= set(found["rows"][0])
     assert {row["loss"] for row in found["chosen"]} == {"eq5", "eq5+eq9"}
     assert found["noise_floor"] < min(found["baselines"].values())
+
+
+def test_the_study_prints_its_controls_and_the_field_with_decay():
+    found = json.loads(said("study", "proof-of-principle", "--seeds", 2, "--steps", 20, "--controls", "--decay", "--json"))
+    assert {row["loss"] for row in found["rows"]} == set(LOSSES)
+    assert "decay and field" in said("study", "proof-of-principle", "--seeds", 2, "--steps", 20, "--decay")

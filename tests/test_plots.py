@@ -15,6 +15,7 @@ import perturbprob as pb
 from perturbprob import plots
 from perturbprob.inference.predict import labelled
 from perturbprob.plots import of_fit, of_screen
+from perturbprob.studies.proof_of_principle import ProofOfPrinciple
 
 matplotlib.use("Agg")
 
@@ -335,3 +336,26 @@ def test_steady_states_draws_every_step_and_marks_what_moves(screen):
     assert "1 → 2 day" in below.get_xlabel()
     with pytest.raises(ValueError, match="There is no media 'BMP5' here"):
         plots.steady_states(result, media="BMP5")
+
+
+def test_the_study_is_drawn_with_bands_the_best_baselines_and_the_floor():
+    coords = {"start": ["control", "own"], "loss": ["eq5", "eq5+eq9"], "step": [0, 20, 40], "seed": [0, 1, 2]}
+    values = 0.01 + 0.002 * np.random.default_rng(0).random((2, 2, 3, 3))
+    curve = xr.DataArray(values, coords, tuple(coords), attrs={"decays": 0})
+    found = ProofOfPrinciple(curve, curve, {"a": 0.005, "b": 0.006, "c": 0.007, "worse": 0.02}, 0.003, 1.0)
+    panels = plots.proof_of_principle(found).axes
+    assert [axes.get_title() for axes in panels] == ["start: control", "start: own"]
+    lines = {line.get_label(): line for line in panels[0].lines}
+    assert set(lines) == {"eq5", "eq5+eq9", "a", "b", "c", "noise floor"}
+    np.testing.assert_allclose(lines["eq5"].get_ydata(), curve.sel(start="control", loss="eq5").mean("seed"))
+    assert lines["noise floor"].get_ydata()[0] == 0.003
+    assert len(panels[0].collections) == 2
+
+
+def test_branches_name_every_state_and_what_is_missing(screen):
+    texts = " ".join(text.get_text() for text in plots.branches(screen).axes[0].texts)
+    for name in (*screen.perturbations, *screen.media, "X"):
+        assert name in texts
+    kept = np.array([p.media is None or not p.perturbations for p in screen.conditions])[screen.condition]
+    dashed = [line for line in plots.branches(screen[kept]).axes[0].lines if line.get_linestyle() == "--"]
+    assert len(dashed) == len(screen.perturbations)

@@ -90,6 +90,10 @@ def test_objectives_that_do_not_exist(bulk: pb.Screen, how: dict, message: str) 
 def test_objectives_and_measurements_that_do_not_fit(screen: pb.Screen, bulk: pb.Screen) -> None:
     with pytest.raises(ValueError, match=r"measurement='negative_binomial' does not fit continuous\. Use one of 'normal', 'known_noise'"):
         pb.node(bulk, measurement="negative_binomial")
+    with pytest.raises(ValueError, match=r"one latent axis for each gene: leave n_latent=3 out"):
+        pb.node(bulk, n_latent=3)
+    with pytest.raises(ValueError, match="distance='energy' goes with objective='paths'"):
+        pb.fit(pb.node(screen, 2), screen, epochs=1, distance="energy")
     with pytest.raises(ValueError, match="measurement='normal' does not fit counts"):
         pb.node(screen, measurement="normal")
     with pytest.raises(ValueError, match="made for other values than this screen's continuous"):
@@ -101,6 +105,10 @@ def test_known_noise_needs_every_standard_error(bulk: pb.Screen) -> None:
     assert pb.node(bulk, measurement="known_noise").measurement.learnt is False
     from dataclasses import replace
 
+    fit = pb.fit(pb.node(bulk, measurement="known_noise"), bulk, epochs=2, **SHORT)
+    assert np.isfinite(pb.predict(fit, n_draws=2, progress=False)["mean"]).all()
+    with pytest.raises(ValueError, match="standard errors for all the noise there is, and this screen lacks some"):
+        pb.log_density(fit, replace(bulk, standard_error=None), progress=False)
     with pytest.raises(ValueError, match="needs a standard error above 0 for every value"):
         pb.node(replace(bulk, standard_error=np.full(bulk.counts.shape, np.nan, np.float32)), measurement="known_noise")
 

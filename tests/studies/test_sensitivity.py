@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import perturbprob as pb
@@ -20,6 +21,8 @@ def test_each_assumption_is_left_out_once(screen: pb.Screen) -> None:
     assert list(found.table["assumption"].values) == ["UneditedStable", "SilentInBaseline"]
     assert float(found.table["change"].sel(assumption="SilentInBaseline").mean()) > 0
     assert found.report().count("without ") == 2
+    assert "another seed alone moves predictions by" in found.report()
+    assert float(found.table["noise"].min()) > 0
     alone = pb.fit(pb.node(screen, 2, assumptions=[pb.SilentInBaseline()]), screen, epochs=8, progress=False)
     moved = pb.predict(alone, n_draws=10, progress=False)["mean"].identical(pb.predict(fit, n_draws=10, progress=False)["mean"])
     assert not moved
@@ -37,3 +40,13 @@ def test_it_needs_an_assumption_and_the_screen_of_the_fit(screen: pb.Screen, tmp
         pb.sensitivity(loaded)
     one, two = (pb.sensitivity(f, screen, n_draws=2, progress=False).table for f in (fit, loaded))
     assert one.identical(two)
+
+
+def test_networks_start_from_the_seed_of_the_model_and_training_losses_are_not_compared(screen: pb.Screen) -> None:
+    """An assumption without weight moves nothing at all, since settings and seeds stay."""
+    model = pb.node(screen, 2, assumptions=[pb.Lipschitz(weight=1e-30)], seed=7)
+    found = pb.sensitivity(pb.fit(model, screen, epochs=3, seed=5, validation=0.0, progress=False), n_draws=3, progress=False)
+    assert float(found.table["change"].max()) < 1e-4
+    assert float(found.table["noise"].mean()) > 0.01
+    assert np.isnan(found.table["validation"]).all()
+    assert "no cell was held out" in found.report()

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
 
 ROUTES = ("encoder", "inverse")
-UNITS = "log of the expected count of a cell"
 
 
 class IllConditioned(ValueError):
@@ -72,7 +71,7 @@ def counterfactual(
     running = _running(fit, own, other, route, n_draws, minibatch, seed, "counterfactual" if progress else None)
     if route == "inverse":
         running.check(condition_bound)
-    return running.dataset(cells, level, {"protocol": str(new), "route": route, "level": level, "n_draws": n_draws, "units": UNITS})
+    return running.dataset(cells, level, {"protocol": str(new), "route": route, "level": level, "n_draws": n_draws, "units": _units(fit)})
 
 
 @torch.no_grad()
@@ -111,7 +110,12 @@ def translate(
     other = CellTable(fit.model, cells, done, batch=code)
     running = _running(fit, own, other, "encoder", n_draws, 512, seed, "translate" if progress else None)
     attrs = {"batch_to": batch_to, "protocol": "own" if protocol is None else str(done[0]), "level": level, "n_draws": n_draws}
-    return running.dataset(cells, level, attrs | {"units": UNITS})
+    return running.dataset(cells, level, attrs | {"units": _units(fit)})
+
+
+def _units(fit: "Fit") -> str:
+    """Say what the answers are."""
+    return "log of the expected count of a cell" if fit.model.start is None else "as measured"
 
 
 def _running(

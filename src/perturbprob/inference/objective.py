@@ -30,8 +30,8 @@ class PathLoss(nn.Module):
 
     Of counts, cells start anywhere at rest, z₀ ~ Normal(0, I), and have batch and size factor of the measured cells. Sets are compared as
     log1p of counts, predicted ones by `CountLaw.rsample_log1p`. "mse" compares the means of log1p over a condition's cells, a pseudobulk:
-    the distance of moments of order 1, which leaves the spread of cells free. Where a distance has an unbiased form, that is taken:
-    a minibatch holds few cells of a condition.
+    the distance of moments of order 1, which has no hold on the spread of cells but to make it smaller, as it adds noise to the mean
+    of a minibatch's few cells. Where a distance has an unbiased form, that is taken.
     """
 
     def __init__(self, model: "CellModel", guide: "Guide", distance: str) -> None:
@@ -67,6 +67,8 @@ def check_objective(objective: str, distance: str, model: "CellModel") -> None:
     """Refuse objectives that do not exist, and assumptions whose term a distance cannot take in."""
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}. Use one of {', '.join(map(repr, OBJECTIVES))}.")
+    if objective == "elbo" and distance != MSE:
+        raise ValueError(f"distance={distance!r} goes with objective='paths': objective='elbo' compares densities, not sets.")
     if distance not in (MSE, *DISTANCES):
         raise ValueError(f"Unknown distance {distance!r}. Use one of {', '.join(map(repr, (MSE, *DISTANCES)))}.")
     termed = [type(bound.assumption).__name__ for bound in model.assumptions if bound.protocols]

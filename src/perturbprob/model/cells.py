@@ -12,6 +12,7 @@ from torch import Tensor
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Segment
+from perturbprob.measurement.normal import Normal
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
@@ -40,6 +41,11 @@ class Cells:
     def __len__(self) -> int:
         """Return the number of cells."""
         return len(self.index)
+
+
+def _known(screen: Screen) -> bool:
+    """Tell whether every value has a standard error above 0."""
+    return screen.standard_error is not None and bool((screen.standard_error > 0).all())
 
 
 @final
@@ -71,6 +77,10 @@ class CellTable:
             )
         if (screen.values == "continuous") != (model.start is not None):
             raise ValueError(f"The model was made for other values than this screen's {screen.values}. Make the model from this screen.")
+        if isinstance(model.measurement, Normal) and not model.measurement.learnt and not _known(screen):
+            raise ValueError(
+                "The model takes standard errors for all the noise there is, and this screen lacks some: read standard_error=."
+            )
         if screen.time_unit != names.time_unit:
             raise ValueError(
                 f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first."

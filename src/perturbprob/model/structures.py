@@ -36,7 +36,7 @@ BATCH_EFFECTS = ("constant", "state")
 
 def node(
     screen: Screen,
-    n_latent: int = 10,
+    n_latent: int | None = None,
     *,
     assumptions: Sequence[Assumption] = (),
     measurement: str | None = None,
@@ -48,7 +48,7 @@ def node(
 ) -> CellModel:
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
 
-    ``n_latent`` is the size of the latent state and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
+    ``n_latent`` is the size of the latent state (default 10) and ``n_hidden`` the width of decoder and encoder; ``measurement`` is one of
     "zero_inflated_negative_binomial" (default), "negative_binomial", "poisson". ``assumptions`` are objects such as
     `SteadyState`; each adds its term to the fit. ``batch_effect`` is "constant" (default), a batch effect for each batch and gene;
     "state", which also lets it depend on the media and the latent state (a drug that acts otherwise in each patient); or a table of
@@ -61,6 +61,9 @@ def node(
     and learnt noise, the default) or "known_noise".
     """
     require_screen(screen)
+    if screen.values == "continuous" and n_latent not in (None, screen.n_genes):
+        raise ValueError(f"Continuous values are modelled in gene space, one latent axis for each gene: leave n_latent={n_latent} out.")
+    n_latent = 10 if n_latent is None else n_latent
     for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
@@ -69,7 +72,9 @@ def node(
     arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden, "solver": solver}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return fill(facts, arguments, field)
+        model = fill(facts, arguments, field)
+    model.recipe["seed"] = seed
+    return model
 
 
 def _batch_effect(screen: Screen, form: str | pd.DataFrame | dict[str, Any]) -> str | dict[str, Any]:

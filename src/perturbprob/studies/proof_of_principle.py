@@ -3,7 +3,7 @@
 import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from perturbprob.studies.time_course import TimeCourse
 MOVING = ("JARID2", "ZNF649", "ZNF90", "POU5F1", "RUNX1T1", "ZNF398", "SOX2", "PRDM14", "MYC", "VENTX", "ZIC2")
 """The eleven perturbations whose last day section 4 hides."""
 STARTS = ("control", "own")
+RATE = 3e-3
 LOSSES = ("eq5", "eq5+eq9", "eq5+eq9, mark off", "eq5+eq9, wrong set", "eq5, weight decay")
 
 
@@ -101,14 +102,12 @@ class ProofOfPrinciple:
 def proof_of_principle(
     screen: Screen,
     *,
-    time: float | None = None,
     perturbations: Sequence[str] = MOVING,
     seeds: int = 100,
     steps: int = 600,
     every: int = 20,
     starts: Sequence[str] = STARTS,
     losses: Sequence[str] = LOSSES,
-    learning_rate: float = 3e-3,
     decays: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -132,14 +131,18 @@ def proof_of_principle(
     if seeds < 2 or steps < every or every < 1:
         raise ValueError(f"proof_of_principle needs at least 2 seeds and steps >= every >= 1; got {seeds}, {steps} and {every}.")
     started = clock.perf_counter()
-    time = max(screen.times) if time is None else time
-    train, test = hold_out_time(screen, time, list(perturbations))
+    if len(screen.media) > 1 or len(screen.times) < 2:
+        raise ValueError(
+            f"proof_of_principle hides the last of several times of a screen in one media; got {len(screen.times)} and media "
+            f"{', '.join(screen.media)}. Choose the cells of one media first: screen[cells]."
+        )
+    train, test = hold_out_time(screen, max(screen.times), list(perturbations))
     problem = _Problem.of(train, test, seed)
     curves = {}
     for start in starts:
         for loss in losses:
-            how: dict[str, Any] = {"seeds": seeds, "steps": steps, "every": every, "rate": learning_rate, "decays": decays, "seed": seed}
-            curves[start, loss] = _train(problem, start, loss, **how, bar_name=f"{start}, {loss}" if progress else None)
+            how = _Training(seeds, steps, every, decays, seed)
+            curves[start, loss] = _train(problem, start, loss, how, f"{start}, {loss}" if progress else None)
     at = np.arange(0, steps + 1, every)
     coords = {"start": list(starts), "loss": list(losses), "step": at, "seed": np.arange(seeds)}
     stacked = [np.stack([[curves[s, one][k] for one in losses] for s in starts]) for k in range(2)]
@@ -178,33 +181,34 @@ class _Problem:
         return cls(mean, visible - validation, validation, torch.tensor(asked), hidden, course.times)
 
 
-def _train(
-    problem: _Problem,
-    start: str,
-    loss: str,
-    *,
-    seeds: int,
-    steps: int,
-    every: int,
-    rate: float,
-    decays: bool,
-    seed: int,
-    bar_name: str | None,
-) -> tuple[np.ndarray, np.ndarray]:
+@final
+@dataclass(frozen=True)
+class _Training:
+    """How networks are trained."""
+
+    seeds: int
+    steps: int
+    every: int
+    decays: bool
+    seed: int
+
+
+def _train(problem: _Problem, start: str, loss: str, how: _Training, bar_name: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Train all seeds at once; return the test and validation errors (step, seed)."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(how.seed)
         n_perturbations, _, n_genes = problem.mean.shape
-        transition = NeuralODE(n_genes, field=PushOfSeeds(seeds, n_genes), solver=Solver(n_steps=1, check_every=100), decays=decays)
-        if decays:
-            transition.decay_unconstrained = nn.Parameter(torch.zeros(seeds, 1, n_genes))
-        marks = nn.Parameter(0.1 * torch.randn(seeds, n_perturbations - 1, n_genes))
+        solver = Solver(n_steps=1, check_every=100)
+        transition = NeuralODE(n_genes, field=PushOfSeeds(how.seeds, n_genes), solver=solver, decays=how.decays)
+        if how.decays:
+            transition.decay_unconstrained = nn.Parameter(torch.zeros(how.seeds, 1, n_genes))
+        marks = nn.Parameter(0.1 * torch.randn(how.seeds, n_perturbations - 1, n_genes))
         weights = [*transition.parameters(), marks]
-        optimiser = torch.optim.Adam(weights, lr=rate) if "decay" not in loss else torch.optim.AdamW(weights, lr=rate, weight_decay=0.3)
+        optimiser = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.3 if "decay" in loss else 0.0)
         scores = []
-        for step in bar(range(steps + 1), bar_name or "", "step", progress=bar_name is not None):
+        for step in bar(range(how.steps + 1), bar_name or "", "step", progress=bar_name is not None):
             path = _path(problem, transition, marks, start)
-            if step % every == 0:
+            if step % how.every == 0:
                 scores.append(_scores(problem, path.detach()))
             total = _squares(path - problem.mean, problem.visible if start == "control" else _later(problem.visible))
             if "eq9" in loss:

@@ -1,6 +1,7 @@
 """What a fit owes to its assumptions: refit without each, and see what moves."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -15,6 +16,7 @@ from perturbprob.model.structures import node
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
     from perturbprob.inference.fit import Fit
+    from perturbprob.model.assumptions import Assumption
 
 _TRAINING = ("epochs", "minibatch", "learning_rate", "validation", "patience", "warmup", "objective", "distance")
 
@@ -26,24 +28,27 @@ class Sensitivity:
 
     ``table`` is a Dataset over (assumption, condition): ``change``, the root-mean-square change over genes of the log of the predicted
     mean (of continuous values, of the value); ``in_deviations``, the same in posterior standard deviations of the full fit; ``gene``, the
-    one that moves most; and over (assumption,) ``validation``, by how much the loss of the validation cells rises without it.
+    one that moves most; and over (assumption,) ``validation``, by how much the loss of the validation cells rises without it, NaN
+    where no cell was held out. ``noise`` is the change between two fits that differ in their seed alone: less than that says nothing.
     """
 
     table: xr.Dataset
 
     def report(self) -> str:
         """Say it in words."""
-        return "\n".join(self._line(str(name)) for name in self.table["assumption"].values)
+        noise = f"another seed alone moves predictions by {float(self.table['noise'].mean()):.2f} posterior deviations."
+        return "\n".join([*(self._line(str(name)) for name in self.table["assumption"].values), noise])
 
     def _line(self, name: str) -> str:
         """Say what one assumption does."""
         part = self.table.sel(assumption=name)
         worst = part.isel(condition=int(part["in_deviations"].values.argmax()))
-        return (
+        words = (
             f"without {name}: predictions move by {float(part['in_deviations'].mean()):.2f} posterior deviations, most in "
-            f"{worst['condition'].item()} ({float(worst['in_deviations']):.2f}, {worst['gene'].item()}); "
-            f"validation loss {float(part['validation']):+.5f} per cell and gene."
+            f"{worst['condition'].item()} ({float(worst['in_deviations']):.2f}, {worst['gene'].item()})"
         )
+        loss = float(part["validation"])
+        return f"{words}; validation loss {loss:+.5f} per cell and gene." if np.isfinite(loss) else f"{words}; no cell was held out."
 
     def __repr__(self) -> str:
         """Return the report."""
@@ -53,8 +58,9 @@ class Sensitivity:
 def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50, seed: int = 0, progress: bool = True) -> Sensitivity:
     """Refit without each assumption of a fit, on the screen it was trained on, and say what moved.
 
-    Settings, seed and all other assumptions stay. ``screen`` is needed for a loaded fit, which does not hold its cells. Raises
-    ValueError for a fit without assumptions, or with a field of the user's own, which cannot be started afresh.
+    Settings, seeds and all other assumptions stay; one more refit changes the seeds alone, to show what that moves. ``screen`` is needed
+    for a loaded fit, which does not hold its cells. Raises ValueError for a fit without assumptions, or with a field of the user's own,
+    which cannot be started afresh.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, times=(1.0, 2.0), seed=1).screen
@@ -74,14 +80,21 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
     if list(map(str, screen.cells)) != fit.trained_on["cells"]:
         raise ValueError("sensitivity refits, so it needs the screen that the fit was trained on; these are other cells.")
     here, spread = _answers(fit, n_draws, seed)
+    again = partial(_again, fit, screen, progress=progress)
     rows = []
     for left_out in assumptions:
-        others = [a for a in assumptions if a is not left_out]
-        model = node(screen, assumptions=others, seed=seed, **fit.model.recipe["arguments"])
-        again = refit(model, screen, seed=fit.seed, progress=progress, **{name: fit.settings[name] for name in _TRAINING})
-        rows.append(_row(here, spread, _answers(again, n_draws, seed)[0], _validation(again) - _validation(fit)))
+        other = again([a for a in assumptions if a is not left_out])
+        rows.append(_row(here, spread, _answers(other, n_draws, seed)[0], _validation(other) - _validation(fit)))
+    noise = _row(here, spread, _answers(again(assumptions, shift=1), n_draws, seed)[0], 0.0)["in_deviations"]
     names = pd.Index([type(a).__name__ for a in assumptions], name="assumption")
-    return Sensitivity(xr.concat(rows, names))
+    return Sensitivity(xr.concat(rows, names).assign(noise=noise))
+
+
+def _again(fit: "Fit", screen: "Screen", assumptions: "list[Assumption]", *, shift: int = 0, progress: bool) -> "Fit":
+    """Fit once more with these assumptions; the seeds of networks and training are moved by ``shift``."""
+    recipe, training = fit.model.recipe, {name: fit.settings[name] for name in _TRAINING}
+    model = node(screen, assumptions=assumptions, seed=recipe.get("seed", 0) + shift, **recipe["arguments"])
+    return refit(model, screen, seed=fit.seed + shift, progress=progress, **training)
 
 
 def _answers(fit: "Fit", n_draws: int, seed: int) -> tuple[xr.DataArray, xr.DataArray]:
@@ -106,5 +119,6 @@ def _row(here: xr.DataArray, spread: xr.DataArray, there: xr.DataArray, validati
 
 
 def _validation(fit: "Fit") -> float:
-    """Return the loss that was followed, at the epoch that was kept."""
-    return (fit.losses["validation"] or fit.losses["train"])[fit.settings["best_epoch"]]
+    """Return the loss of the validation cells at the epoch that was kept; NaN without them, as training losses hold other terms."""
+    losses = fit.losses["validation"]
+    return losses[fit.settings["best_epoch"]] if losses else float("nan")
