@@ -4,6 +4,7 @@ import anndata
 import numpy as np
 import pytest
 
+import perturbprob as pb
 from perturbprob.experiment import Screen, datasets
 from perturbprob.experiment.paths import Pair, eq5
 
