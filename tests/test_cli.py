@@ -278,3 +278,11 @@ def test_the_study_prints_its_controls_and_the_field_with_decay():
     found = json.loads(said("study", "proof-of-principle", "--seeds", 2, "--steps", 20, "--controls", "--decay", "--json"))
     assert {row["loss"] for row in found["rows"]} == set(LOSSES)
     assert "decay and field" in said("study", "proof-of-principle", "--seeds", 2, "--steps", 20, "--decay")
+
+
+def test_the_package_is_a_command():
+    import subprocess
+    import sys
+
+    run = subprocess.run([sys.executable, "-m", "perturbprob", "--version"], capture_output=True, text=True, check=True)
+    assert version("perturbprob") in run.stdout

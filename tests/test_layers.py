@@ -19,6 +19,7 @@ for room, left in [
     ("report", "plots"),
     ("demo", "report"),
     ("cli", "demo"),
+    ("__main__", "cli"),
 ]:
     LEFT_OF[room] = LEFT_OF[left] | {left}
 

@@ -180,3 +180,10 @@ def test_fit_report_writes_the_file_and_returns_the_verdict(fit, tmp_path):
 def test_a_folder_in_place_of_a_file_is_refused(fit, tmp_path):
     with pytest.raises(ValueError, match=r"is a folder\. Name a file, such as .*report\.html"):
         write_report(fit, tmp_path)
+
+
+def test_a_fit_without_a_posterior_is_reported_without_effects(tmp_path):
+    bulk = pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, n_batches=2, seed=1).screen.pseudobulk()
+    fit = pb.fit(pb.node(bulk), bulk, objective="paths", epochs=2, validation=0.0, progress=False)
+    fit.report(tmp_path / "report.html")
+    assert "objective=&#x27;paths&#x27; fits no posterior" in (tmp_path / "report.html").read_text()

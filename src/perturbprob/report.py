@@ -80,7 +80,8 @@ def write_report(fit: Fit, path: str | Path, *, check: PredictiveCheck | None = 
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file, such as {path / 'report.html'}.")
-    if hits is None and fit.losses["train"] and fit.model.vocabulary.perturbations:
+    has_posterior = fit.losses["train"] and fit.settings["objective"] != "paths"
+    if hits is None and has_posterior and fit.model.vocabulary.perturbations:
         hits = effects(fit, n_draws=N_DRAWS, progress=False)
     parts = [_fitted(fit), _training(fit), _effects(fit, hits), _confounded(fit), _batches(fit)]
     parts += [] if check is None else [_checked(check)]
@@ -122,6 +123,7 @@ def _effects(fit: Fit, hits: xr.Dataset | None) -> str:
     title = "What do the perturbations do?"
     if hits is None:
         why = "the training broke off" if fit.model.vocabulary.perturbations else "the fit has no perturbation"
+        why = "objective='paths' fits no posterior" if fit.settings["objective"] == "paths" else why
         return _section(title, _paragraph(f"Nothing was compared with control: {why}."))
     table = _hits(hits) if "hit" in hits else _paragraph(f"Compared with {hits.attrs['against']}: hits are only told against control.")
     return _section(title, table, _image(plots.effects(hits), "log fold changes of perturbations and genes, and the surest with intervals"))

@@ -208,3 +208,10 @@ def test_other_text_is_no_protocol(text):
 def test_what_is_not_a_protocol_says_how_to_write_one(text):
     with pytest.raises(ValueError, match=r"Cannot read .* as a protocol\. Write it like"):
         Protocol.parse(text)
+
+
+def test_control_is_no_gene_and_a_media_has_a_name():
+    with pytest.raises(ValueError, match=r"Control is no gene: .* without a perturbation: Wait\(5\)"):
+        Knockout("control")
+    with pytest.raises(ValueError, match=r"the baseline media is Media\(\)"):
+        Media(" ")

@@ -4,6 +4,7 @@ import anndata
 import numpy as np
 import pytest
 
+import perturbprob as pb
 from perturbprob.experiment import Screen, datasets
 from perturbprob.experiment.paths import Pair, eq5
 
@@ -48,3 +49,9 @@ def test_pairs_of_assumptions_stand_behind(screen):
 
 def test_without_media_there_are_paths_2_and_4():
     assert {pair.path for pair in eq5(datasets.ishikawa2023())} == {2, 4}
+
+
+def test_assumptions_themselves_may_be_given():
+    screen = pb.simulate(n_cells=90, n_genes=8, n_perturbations=2, media=("rest", "drug"), seed=1).screen
+    assumption = pb.SteadyState()
+    assert screen.layout.paths([assumption]).equals(screen.layout.paths(assumption.pairs(screen)))

@@ -147,3 +147,9 @@ def test_only_a_screen_is_split(unchecked: None) -> None:
 
 def test_the_module_has_a_short_name() -> None:
     assert pb.split.hold_out_time is hold_out_time
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_time_in_quotes_is_no_time():
+    with pytest.raises(TypeError, match="time is a number in the unit of the screen; got '5'"):
+        pb.split.hold_out_time(pb.datasets.ishikawa2023(), "5")

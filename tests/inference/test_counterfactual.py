@@ -92,3 +92,10 @@ def test_it_refuses_what_cannot_run_backward(fit: pb.Fit, controls: pb.Screen, m
 def test_it_refuses_a_gene_never_perturbed(fit: pb.Fit, controls: pb.Screen) -> None:
     with pytest.raises(ValueError, match="never seen"):
         pb.counterfactual(fit, controls, pb.Knockout("NEVER") >> pb.Wait(1), **SHORT)
+
+
+def test_one_draw_has_no_spread_and_no_wait_is_pointed_out(fit: pb.Fit, controls: pb.Screen, screen: pb.Screen) -> None:
+    one = pb.counterfactual(fit, controls[:3], screen.conditions[-1], n_draws=1, progress=False)
+    assert np.isnan(one["sd"]).all()
+    with pytest.warns(UserWarning, match="waits for no time, so nothing has happened yet"):
+        pb.counterfactual(fit, controls[:3], pb.Knockout(screen.perturbations[0]), n_draws=2, progress=False)

@@ -92,6 +92,7 @@ def test_energy_of_few_cells_rewards_no_smaller_spread(counts: pb.Screen) -> Non
 
 
 def test_questions_of_conditions_are_answered(fit: pb.Fit, counts: pb.Screen, tmp_path: Path) -> None:
+    assert np.isnan(pb.predict(fit, n_draws=2, batch="average", progress=False)["lower"]).all()
     with pytest.raises(ValueError, match="judges fold changes by their posterior, and objective='paths' has none"):
         pb.effects(fit, n_draws=2, progress=False)
     assert "replicated" in pb.predictive_check(fit, counts, n_draws=2, progress=False).gene

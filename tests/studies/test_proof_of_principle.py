@@ -83,3 +83,13 @@ def test_the_plain_field_comes_near_what_was_measured_before() -> None:
     at_end = found.curve.isel(step=-1).mean("seed").sel(start="control")
     assert 0.0110 < float(at_end.sel(loss="eq5")) < 0.0136
     assert 0.0105 < float(at_end.sel(loss="eq5+eq9, mark off")) < 0.0132
+
+
+def test_what_it_needs_is_said_before_anything_is_trained() -> None:
+    with pytest.raises(ValueError, match=r"give it the counts, not their pseudobulk\(\)"):
+        proof_of_principle(pb.datasets.ishikawa2023().pseudobulk(), **SHORT)
+    other = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, seed=1).screen
+    with pytest.raises(ValueError, match=r"perturbations=\[...\]; the default is for the embedded screen"):
+        proof_of_principle(other, **SHORT)
+    found = proof_of_principle(pb.datasets.ishikawa2023(), perturbations="SOX2", losses=("eq5",), starts=("control",), **SHORT)
+    assert "3 seeds are too few to compare losses" in found.report()

@@ -50,3 +50,9 @@ def test_networks_start_from_the_seed_of_the_model_and_training_losses_are_not_c
     assert float(found.table["noise"].mean()) > 0.01
     assert np.isnan(found.table["validation"]).all()
     assert "no cell was held out" in found.report()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_it_takes_a_fit(screen: pb.Screen) -> None:
+    with pytest.raises(TypeError, match="sensitivity takes a fit; got Screen"):
+        pb.sensitivity(screen)

@@ -34,6 +34,10 @@ class Perturbation(Action):
             raise TypeError("Perturbation is abstract: use Knockout, Interference or Activation.")
         if not isinstance(self.gene, str) or not self.gene.strip():
             raise ValueError(f"{type(self).__name__} needs the name of a gene; got {self.gene!r}.")
+        if self.gene == "control":
+            raise ValueError(
+                "Control is no gene: nothing is done to a control cell, so its protocol is that without a perturbation: Wait(5)."
+            )
 
     def __repr__(self) -> str:
         """Return the expression that makes this action."""
@@ -76,6 +80,11 @@ class Media(Action):
     """
 
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a media without a name."""
+        if self.name is not None and not self.name.strip():
+            raise ValueError("Media needs a name; the baseline media is Media().")
 
     def __repr__(self) -> str:
         """Return the expression that makes this action."""

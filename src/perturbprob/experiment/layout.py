@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations, permutations
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from perturbprob.experiment.aliasing import Alias, Design
-from perturbprob.experiment.paths import Pair, paths
+from perturbprob.experiment.paths import paths
 from perturbprob.experiment.reading import Levels, some
 
 if TYPE_CHECKING:
@@ -147,11 +147,12 @@ class Layout:
         """Return the pairs (inner, outer) in which each level of inner lies in one level of outer, but not the reverse."""
         return [(a, b) for a, b in permutations(self._varied, 2) if self._determines(a, b) and not self._determines(b, a)]
 
-    def paths(self, extra: Iterable[Pair] = ()) -> pd.DataFrame:
+    def paths(self, extra: Iterable[Any] = ()) -> pd.DataFrame:
         """Return the input-output pairs of eq 5 on paths 1-4 of Figure 1B, observed or missing, and the ``extra`` pairs of assumptions.
 
-        One row for each pair, (n_p + 1)(n_m + 1) of eq 5 with n_p perturbations and n_m media beside the baseline; ``extra`` is what
-        an assumption's ``pairs(screen)`` returns. Columns: source, path, perturbation, media, start, done, end, observed, cells, times.
+        One row for each pair, (n_p + 1)(n_m + 1) of eq 5 with n_p perturbations and n_m media beside the baseline; ``extra`` holds
+        assumptions, or what their ``pairs(screen)`` returns. Columns: source, path, perturbation, media, start, done, end, observed,
+        cells, times.
 
         >>> from perturbprob.experiment import datasets
         >>> table = datasets.ishikawa2023().layout.paths()

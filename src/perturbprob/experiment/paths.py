@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import pandas as pd
 
@@ -37,13 +37,14 @@ def path_of(perturbed: bool, in_baseline: bool) -> int:
     return (2 if in_baseline else 1) if perturbed else (4 if in_baseline else 3)
 
 
-def paths(screen: "Screen", extra: Iterable[Pair] = ()) -> pd.DataFrame:
+def paths(screen: "Screen", extra: Iterable[Any] = ()) -> pd.DataFrame:
     """Return every pair of eq 5, (n_p + 1)(n_m + 1) of them with n_m media beside the baseline, and the ``extra`` ones of assumptions.
 
     One row each, with the fields of `Pair`, and of its end: whether it was ``observed``, in how many ``cells`` and at which ``times``.
     """
     seen = screen.summary().sum(axis=1).groupby(level=[0, 1, 2]).sum()
-    rows = [asdict(pair) | _observed(seen, pair) for pair in (*eq5(screen), *extra)]
+    added = [pair for one in extra for pair in (one.pairs(screen) if hasattr(one, "pairs") else [one])]
+    rows = [asdict(pair) | _observed(seen, pair) for pair in (*eq5(screen), *added)]
     return pd.DataFrame(rows)
 
 

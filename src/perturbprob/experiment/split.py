@@ -98,6 +98,8 @@ def hold_out_time(screen: Screen, time: float, perturbations: str | Sequence[str
     """
     require_screen(screen)
     names = screen.perturbations if perturbations is None else _named(screen, perturbations)
+    if isinstance(time, str):
+        raise TypeError(f"time is a number in the unit of the screen; got {time!r}.")
     if time not in screen.times:
         raise ValueError(f"No cell of this screen has the time {time:g}. {_nearest_time(screen, time)}")
     if not names:

@@ -9,6 +9,7 @@ from torch import Tensor
 from perturbprob.dynamics.inverse import invert
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.inference.predict import known_protocol
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def counterfactual(
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")
     if route == "inverse" and not fit.model.transition.invertible:
         raise ValueError(f"{type(fit.model.transition).__name__} cannot run backward, so eq 6 has no inverse here. Use route='encoder'.")
-    new = fit.model.vocabulary.protocol(protocol)
+    new = known_protocol(fit, protocol)
     own, other = CellTable(fit.model, cells), CellTable(fit.model, cells, [new] * len(cells.conditions))
     running = _running(fit, own, other, route, n_draws, minibatch, seed, "counterfactual" if progress else None)
     if route == "inverse":
@@ -183,7 +184,7 @@ class _Running:
 
     def dataset(self, cells: "Screen", level: float, attrs: dict[str, object]) -> xr.Dataset:
         """Name the result."""
-        sd = (self.squares / max(1, self.n - 1)).sqrt()
+        sd = (self.squares / (self.n - 1)).sqrt() if self.n > 1 else torch.full_like(self.squares, torch.nan)
         half = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64))) * sd
         data = {"mean": self.mean, "sd": sd, "lower": self.mean - half, "upper": self.mean + half}
         arrays = {name: (("cell", "gene"), value.numpy()) for name, value in data.items()}

@@ -55,7 +55,8 @@ def predict(
       batches coincide with times or media, η may hold what they share, and None says so.
     - ``interval``: "mean", of the population mean; "observed", of the mean over a sample of ``n_cells`` cells.
 
-    A perturbation, media or batch that the fit has never seen is refused. A time it has not seen is predicted with wider intervals.
+    A fit by ``objective="paths"`` has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit has never
+    seen is refused. A time it has not seen is predicted with wider intervals.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
@@ -77,6 +78,8 @@ def predict(
     warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
     values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed, progress=progress)))
     lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
+    if fit.settings["objective"] == "paths" and interval == "mean":
+        lower, upper = (torch.full_like(lower, torch.nan) for _ in range(2))  # a deterministic fit does not know how sure it is
     data = {"mean": values.mean(0), "lower": lower, "upper": upper}
     units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)", "value": "as measured"}
     attrs = {"scale": scale, "units": units[scale], "interval": interval, "level": level, "n_draws": n_draws}
@@ -112,11 +115,18 @@ def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | A
         raise ValueError("No condition to predict: give a protocol such as Knockout('NANOG') >> Wait(5).")
     for one in several:
         if not isinstance(one, Protocol | Action):
-            raise TypeError(f"A condition is a protocol such as Knockout('NANOG') >> Wait(5), without quotes around it; got {one!r}.")
-    known = [fit.model.vocabulary.protocol(p) for p in several]
-    for protocol in known:
-        if protocol.actions and protocol.time == 0:
-            warnings.warn(f"{protocol} waits for no time, so nothing has happened yet: write {protocol} >> Wait(t).", stacklevel=4)
+            raise TypeError(
+                f"A condition is a protocol such as Knockout('NANOG') >> Wait(5), without quotes around it; got {one!r}. "
+                "Protocol.parse reads one from text."
+            )
+    return [known_protocol(fit, p) for p in several]
+
+
+def known_protocol(fit: "Fit", protocol: Protocol | Action) -> Protocol:
+    """Return a protocol in the words of the fit; warn of one that waits for no time."""
+    known = fit.model.vocabulary.protocol(protocol)
+    if known.actions and known.time == 0:
+        warnings.warn(f"{known} waits for no time, so nothing has happened yet: write {known} >> Wait(t).", stacklevel=5)
     return known
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.plots.axes import BLUE, GREY, MANY, RED, known_names, moment, name_axis, new_axes, new_figure, plain, write
 from perturbprob.studies.steady_state import SteadyStates
@@ -24,7 +24,8 @@ def layout(screen: Screen, *, kind: str | None = None, ax: "matplotlib.axes.Axes
 
     ``kind="graph"``, the default up to 40 conditions and 20 batches: perturbations in media to the left, batches to the right, a line
     where a batch holds a condition, the wider the more cells. Squares are batches with control in baseline media (V_00), and blue lines
-    lead there; batches without it are red diamonds. A hollow condition is missing in some batch. Times are not told apart.
+    lead there; batches without it are red diamonds. A hollow condition is missing in some batch. Times are not told apart; which factors
+    are confounded stands below.
 
     ``kind="table"``: how many cells each perturbation has in each media, time and batch; control stands above a line, 0 is left blank,
     and combinations without any cell have no column.
@@ -35,6 +36,7 @@ def layout(screen: Screen, *, kind: str | None = None, ax: "matplotlib.axes.Axes
     >>> pb.plots.layout(pb.datasets.ishikawa2023(), kind="table").axes[0].images[0].get_array().shape
     (24, 4)
     """
+    require_screen(screen)
     if kind not in (None, "graph", "table"):
         raise ValueError(f"kind={kind!r} is neither 'graph' nor 'table'. {nearest(kind, ('graph', 'table'))}")
     small = len({(p.perturbation, p.media) for p in screen.conditions}) <= _GRAPH[0] and len(screen.batches) <= _GRAPH[1]
@@ -52,6 +54,7 @@ def branches(screen: Screen, *, ax: "matplotlib.axes.Axes | None" = None) -> "ma
     >>> len(pb.plots.branches(screen).axes[0].texts)
     19
     """
+    require_screen(screen)
     table = _branches(screen)
     axes = new_axes(ax, (8.5, 1.2 + 0.42 * len(table)))
     middle = (len(table) - 1) / 2
@@ -125,6 +128,9 @@ def _graph(screen: Screen, ax: "matplotlib.axes.Axes | None") -> "matplotlib.fig
     axes.set(title=title, xlim=(-0.75, 1.75), ylim=(height - 0.2, -0.8))
     axes.axis("off")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False, fontsize=8)
+    for k, (first, second) in enumerate(screen.layout.confounded()):
+        words = f"{first} and {second} are fully confounded"
+        axes.text(0.5, -0.1 - 0.04 * k, words, transform=axes.transAxes, ha="center", color=RED, fontsize=8)
     return axes.figure.figure
 
 

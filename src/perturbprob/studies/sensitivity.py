@@ -9,13 +9,13 @@ import pandas as pd
 import xarray as xr
 
 from perturbprob.experiment.screen import require_screen
+from perturbprob.inference.fit import Fit
 from perturbprob.inference.fit import fit as refit
 from perturbprob.inference.predict import predict
 from perturbprob.model.structures import node
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
-    from perturbprob.inference.fit import Fit
     from perturbprob.model.assumptions import Assumption
 
 _TRAINING = ("epochs", "minibatch", "learning_rate", "validation", "patience", "warmup", "objective", "distance")
@@ -68,6 +68,8 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
     >>> pb.sensitivity(fit, n_draws=4, progress=False).table.sizes["assumption"]
     1
     """
+    if not isinstance(fit, Fit):
+        raise TypeError(f"sensitivity takes a fit; got {type(fit).__name__}.")
     screen = fit.screen if screen is None else screen
     if screen is None:
         raise ValueError("A loaded fit does not hold its cells: pass the screen it was trained on, sensitivity(fit, screen).")

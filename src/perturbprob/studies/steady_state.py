@@ -62,7 +62,9 @@ class SteadyStates:
             f"|LFC| within {within} of halves of control at their worst time: {_moving(last, 'steady_by_control')}",
             f"|LFC| beyond the shared drift within {within} of noise in the same numbers of cells: {_moving(last, 'steady_by_matched')}",
             f"Change beyond the shared drift probably at most {limit}: {_moving(last, 'probability_of_rest')}",
-            f"|LFC| and the number of cells behind it have Spearman correlation {rho:.2f}.",
+            f"|LFC| and the number of cells behind it have Spearman correlation {rho:.2f}."
+            if np.isfinite(rho)
+            else "All steps are known from equally many cells.",
         ]
         if rho < -0.5:
             lines[-1] += " The first rule ranks mostly cell number: few cells make |LFC| large by noise alone."
