@@ -36,10 +36,11 @@ from perturbprob.inference import (  # noqa: E402
     posterior,
     predict,
     prior,
+    projected,
     translate,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
-from perturbprob.studies import baselines, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
+from perturbprob.studies import baselines, batch_error, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Wait",
     "adapt",
     "baselines",
+    "batch_error",
     "coherent_draws",
     "counterfactual",
     "datasets",
@@ -77,6 +79,7 @@ __all__ = [
     "predict",
     "predictive_check",
     "prior",
+    "projected",
     "proof_of_principle",
     "sensitivity",
     "simulate",

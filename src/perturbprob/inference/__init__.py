@@ -9,6 +9,7 @@ from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
 from perturbprob.inference.lipschitz import lipschitz_constant
 from perturbprob.inference.posterior import posterior, prior
 from perturbprob.inference.predict import AliasedWarning, UndeclaredWarning, predict
+from perturbprob.inference.projected import Projected, projected
 from perturbprob.inference.storage import load
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Fit",
     "IllConditioned",
     "NonFiniteLoss",
+    "Projected",
     "UndeclaredWarning",
     "adapt",
     "coherent_draws",
@@ -28,5 +30,6 @@ __all__ = [
     "posterior",
     "predict",
     "prior",
+    "projected",
     "translate",
 ]

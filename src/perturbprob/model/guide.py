@@ -1,18 +1,20 @@
 """The variational family: an encoder for cells, and one law over what all cells share."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from perturbprob.experiment.moments import Moments, membership, relative_counts
+from perturbprob.experiment.vocabulary import Segment
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
 
@@ -45,7 +47,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.network = nn.Sequential(nn.Linear(n_genes + n_context, n_hidden), nn.ReLU(), nn.Linear(n_hidden, 2 * n_latent))
 
-    def forward(self, log_counts: Float[Tensor, "cell gene"], context: Float[Tensor, "cell context"]) -> dist.Distribution:
+    def forward(self, log_counts: Float[Tensor, "*plate cell gene"], context: Float[Tensor, "*plate cell context"]) -> dist.Distribution:
         """Return a normal law for each cell."""
         loc, scale = self.network(torch.cat([log_counts, context], -1)).chunk(2, -1)
         return dist.Normal(loc, softplus(scale) + 1e-3).to_event(1)
@@ -190,13 +192,17 @@ class Guide(PyroModule):
                 "cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
             )
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
+        return self.encoder(log_counts, self.context(cells.protocol, cells.batch))
+
+    def context(self, protocol: Sequence[Segment], batch: Int[Tensor, " cell"]) -> Float[Tensor, "cell context"]:
+        """Return what the encoder reads beside counts: the marks of the protocol, the time waited, and the batch."""
         # a cell in no known batch, or in one that the fit was adapted to later, reads zeros
-        known = torch.where(cells.batch < self.n_batches, cells.batch, -1)
-        batches = torch.nn.functional.pad(torch.eye(self.n_batches, device=log_counts.device), (0, 0, 0, 1))[known]
-        perturbation = torch.stack([s.perturbation for s in cells.protocol]).amax(0)
-        media = torch.stack([s.media for s in cells.protocol]).amax(0)
-        waited = torch.stack([s.wait for s in cells.protocol]).sum(0)
-        return self.encoder(log_counts, torch.cat([perturbation, media, waited[:, None], batches], -1))
+        known = torch.where(batch < self.n_batches, batch, -1)
+        batches = torch.nn.functional.pad(torch.eye(self.n_batches, device=batch.device), (0, 0, 0, 1))[known]
+        perturbation = torch.stack([s.perturbation for s in protocol]).amax(0)
+        media = torch.stack([s.media for s in protocol]).amax(0)
+        waited = torch.stack([s.wait for s in protocol]).sum(0)
+        return torch.cat([perturbation, media, waited[:, None], batches], -1)
 
 
 def node_design(model: CellModel, screen: "Screen") -> Float[Tensor, "node block"]:

@@ -1,9 +1,10 @@
 """Questions asked of a screen or a fit; they return data."""
 
 from perturbprob.studies import baselines
+from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.predictive_check import predictive_check
 from perturbprob.studies.proof_of_principle import proof_of_principle
 from perturbprob.studies.sensitivity import sensitivity
 from perturbprob.studies.steady_state import steady_states
 
-__all__ = ["baselines", "predictive_check", "proof_of_principle", "sensitivity", "steady_states"]
+__all__ = ["baselines", "batch_error", "predictive_check", "proof_of_principle", "sensitivity", "steady_states"]
