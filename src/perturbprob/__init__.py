@@ -40,7 +40,17 @@ from perturbprob.inference import (  # noqa: E402
     translate,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
-from perturbprob.studies import baselines, batch_error, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
+from perturbprob.studies import (  # noqa: E402
+    baselines,
+    batch_error,
+    improve_layout,
+    plan_batches,
+    predictive_check,
+    proof_of_principle,
+    propose_layouts,
+    sensitivity,
+    steady_states,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -70,10 +80,12 @@ __all__ = [
     "datasets",
     "effects",
     "fit",
+    "improve_layout",
     "lipschitz_constant",
     "load",
     "log_density",
     "node",
+    "plan_batches",
     "plots",
     "posterior",
     "predict",
@@ -81,6 +93,7 @@ __all__ = [
     "prior",
     "projected",
     "proof_of_principle",
+    "propose_layouts",
     "sensitivity",
     "simulate",
     "split",

@@ -2,9 +2,20 @@
 
 from perturbprob.studies import baselines
 from perturbprob.studies.batch_error import batch_error
+from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
 from perturbprob.studies.predictive_check import predictive_check
 from perturbprob.studies.proof_of_principle import proof_of_principle
 from perturbprob.studies.sensitivity import sensitivity
 from perturbprob.studies.steady_state import steady_states
 
-__all__ = ["baselines", "batch_error", "predictive_check", "proof_of_principle", "sensitivity", "steady_states"]
+__all__ = [
+    "baselines",
+    "batch_error",
+    "improve_layout",
+    "plan_batches",
+    "predictive_check",
+    "proof_of_principle",
+    "propose_layouts",
+    "sensitivity",
+    "steady_states",
+]
