@@ -38,7 +38,7 @@ class BatchPlan:
     def best(self) -> str:
         """The name of the layout with the smallest mean error."""
         mean = self.error.mean("draw")
-        return str(mean["layout"].values[int(mean.argmin())])
+        return str(mean["layout"].values[int(np.argmin(mean.values))])
 
     def report(self, level: float = 0.9) -> str:
         """Rank the layouts, each with its error beside that of the best, draw by draw."""
