@@ -10,6 +10,7 @@ import perturbprob as pb
 from perturbprob.dynamics.neural_ode import Stable
 from perturbprob.inference.draws import centre
 from perturbprob.model.assumptions import Bound, bind
+from perturbprob.model.assumptions.terms import rest_points, standard_error
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide, node_batch
 
@@ -98,6 +99,68 @@ def test_a_steady_state_is_most_probable_where_nothing_moves(screen):
         best = (weight[:, None] * torch.distributions.Normal(0.0, noise).log_prob(torch.zeros_like(noise))).sum()
         assert still == pytest.approx(float(best), rel=1e-4)
         assert moving < still
+
+
+def still(screen: pb.Screen, assumption: object) -> tuple:
+    """A model in which the latent state never moves, and its sites: what is left are the condition effects."""
+    model, sites = make(screen, assumption)
+    with torch.no_grad():
+        for parameter in model.transition.field.parameters():
+            parameter.zero_()
+    return model, sites | {name: torch.zeros_like(sites[name]) for name in ("perturbation_effect", "media_effect")}
+
+
+def test_silence_holds_the_condition_effect_in_baseline_media(screen):
+    """The term is that of the predicted difference from control: measured nodes as they are, in log shares."""
+    model, sites = still(screen, pb.SilentInBaseline())
+    bound, effect = model.assumptions[0], model.condition_effect
+    sites["condition_effect"] = torch.randn(len(effect.nodes), screen.n_genes, requires_grad=True)
+    rows = effect.rows([effect.parts(p, model.vocabulary.time_scale) for p in bound.protocols])
+    z = model.moved(sites, torch.as_tensor(rest_points(model, len(rows))), model.vocabulary.encode(bound.protocols)).z
+    shares = [model.decoder(z, sites["gene_bias"] + extra).mean(0) for extra in (effect.total(sites["condition_effect"], rows), 0.0)]
+    term = bound.term(model, sites)
+    torch.testing.assert_close(term, bound.log_density(shares[0] - shares[1]).sum())
+    assert torch.autograd.grad(term, sites["condition_effect"])[0].abs().max() > 1
+    silent = sites | {"condition_effect": torch.zeros_like(sites["condition_effect"])}
+    assert bool(term < bound.term(model, silent))
+
+
+@pytest.mark.parametrize("wait", [1.0, 0.3])
+def test_a_steady_state_holds_the_condition_effect_too(screen, wait):
+    """Nothing else moves, so the term is highest where effects are remembered for long, and with it the expected change is small."""
+    model, sites = still(screen, pb.SteadyState(wait=wait))
+    sites["condition_effect"] = torch.randn(len(model.condition_effect.nodes), screen.n_genes)
+    bound, changes = model.assumptions[0], []
+    for memory in (1.0, 10.0, 1e4):
+        at = sites | {"condition_memory": torch.tensor(memory, requires_grad=True)}
+        changes.append((float(bound.term(model, at).detach()), float(bound.assumption._change(model, at, bound.protocols).abs().mean())))
+    terms, sizes = zip(*changes, strict=True)
+    assert sorted(terms) == list(terms)
+    assert sizes[0] > 3 * sizes[1] > 30 * sizes[2]
+    state = torch.get_rng_state()
+    assert float(bound.term(model, at)) == float(bound.term(model, at))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_was_never_measured_has_the_median_error_of_what_was(screen):
+    gene = screen.perturbations[0]
+    hidden = np.array([p.perturbation == gene and p.media is None for p in screen.conditions])
+    train = screen[~hidden[screen.condition]]
+    never, measured = pb.Protocol([pb.Knockout(gene), pb.Wait(2)]), list(train.conditions)
+    np.testing.assert_allclose(standard_error(train, [never])[0], np.median(standard_error(train, measured), axis=0))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1000.0])
+def test_an_unknown_error_is_in_the_unit_of_the_values(unit):
+    """The spread between rows of a condition where there are several, over all rows where there is one each."""
+    rng, names = np.random.default_rng(0), np.repeat(["control", "A", "B"], 200)
+    values = unit * (rng.normal(0, [0.1, 2.0], (600, 2)) + np.repeat([0.0, 5.0, 9.0], 200)[:, None])
+    adata = anndata.AnnData(values, obs={"perturbation": names})
+    adata.var_names = ["A", "B"]
+    screen = pb.Screen.from_anndata(adata, perturbation_type="knockout", values="continuous")
+    np.testing.assert_allclose(standard_error(screen, screen.conditions), unit * np.array([[0.1, 2.0]] * 3) / 200**0.5, rtol=0.05)
+    single = screen[[0, 200, 400]]
+    np.testing.assert_allclose(standard_error(single, single.conditions), np.tile(values[::200].std(0, ddof=1), (3, 1)), rtol=1e-5)
 
 
 def test_what_all_share_does_not_count_relative_to_control(screen):

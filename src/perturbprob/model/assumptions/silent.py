@@ -15,7 +15,7 @@ from perturbprob.experiment.silence import silence
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.model.assumptions.assumption import Assumption, Bound
 from perturbprob.model.assumptions.evidence import AssumptionTest
-from perturbprob.model.assumptions.terms import carried, location, standard_error
+from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -47,7 +47,7 @@ class SilentInBaseline(Assumption):
     def term(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound) -> Float[Tensor, ""]:
         """Return Σ_p Σ_g log Normal(difference_pg | 0, noise_pg)."""
         here, control = (
-            location(model, sites, carried(model, sites, protocols).z).mean(0)
+            log_shares(model, sites, carried(model, sites, protocols), protocols).mean(0)
             for protocols in (bound.protocols, [p.unperturbed() for p in bound.protocols])
         )
         return bound.log_density(here - control).sum()

@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment import rest
-from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.action import Protocol, Wait
 from perturbprob.experiment.paths import Pair, path_of, state
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.model.assumptions.assumption import Assumption, Bound
 from perturbprob.model.assumptions.evidence import AssumptionTest
-from perturbprob.model.assumptions.terms import carried, location, standard_error
+from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -98,12 +98,13 @@ class SteadyState(Assumption):
         return (weight * bound.log_density(change, sites.get(f"{self.name}_excess"))).sum()
 
     def _change(self, model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol]) -> Float[Tensor, "condition gene"]:
-        """Return the change of each condition's mean location over the wait."""
+        """Return the change of each condition's mean log share over the wait, its condition effect's expected change included."""
         state = carried(model, sites, protocols)
         start = state if self.reading == "own" else replace(state, perturbation=torch.zeros_like(state.perturbation))
         wait = start.clock.new_full((len(protocols),), self.wait / model.vocabulary.time_scale)
         later = model.transition.wait(start, wait, model.pushes(sites))
-        return (location(model, sites, later.z) - location(model, sites, state.z)).mean(0)
+        waited = [p >> Wait(self.wait) for p in protocols]
+        return (log_shares(model, sites, later, waited) - log_shares(model, sites, state, protocols)).mean(0)
 
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return X_t^p → X_t^p, one pair for each condition (eq 9)."""
