@@ -1,7 +1,7 @@
 """What a screen says of an assumption."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, final
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
 
-Choose = Callable[[rest.Course], Float[np.ndarray, "part condition"]]
+Choose = Callable[[rest.Course, str], Float[np.ndarray, "part condition"]]
 
 
 @final
@@ -45,13 +45,18 @@ class AssumptionTest:
         return cls(name, what, math.nan, (math.nan, math.nan), math.nan, math.nan, (why,))
 
     @classmethod
-    def of_movement(cls, name: str, what: str, screen: "Screen", chosen: Choose) -> Self:
+    def of_movement(cls, name: str, what: str, screen: "Screen", chosen: Choose, media: Sequence[str]) -> Self:
         """Ask how far some conditions move beyond noise, root mean square over them; say why where the screen cannot tell.
 
-        ``chosen`` picks mean squares, their standard errors and those if nothing moved, (part, condition), from a `rest.Course`.
+        ``chosen`` picks mean squares, their standard errors and those if nothing moved, (part, condition), from the `rest.Course` of
+        each media, named beside it.
         """
+        unseen = [m for m in media if m not in screen.media]
+        if unseen or not media:
+            where = f"in media {unseen[0]!r}" if unseen else "of these conditions"
+            return cls.impossible(name, what, f"the screen holds no cells {where}.")
         try:
-            parts = chosen(rest.Course.of(screen))
+            parts = np.concatenate([chosen(rest.Course.of(screen, m), m) for m in media], axis=1)
         except ValueError as error:
             return cls.impossible(name, what, str(error))
         known = parts[:, np.isfinite(parts).all(axis=0)]

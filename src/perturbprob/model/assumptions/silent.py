@@ -12,7 +12,7 @@ from torch import Tensor
 from perturbprob.experiment.action import Protocol, Wait
 from perturbprob.experiment.paths import Pair, state
 from perturbprob.experiment.silence import silence
-from perturbprob.experiment.vocabulary import nearest
+from perturbprob.experiment.vocabulary import labels, meant, nearest
 from perturbprob.model.assumptions.assumption import Assumption, Bound
 from perturbprob.model.assumptions.evidence import AssumptionTest
 from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 class SilentInBaseline(Assumption):
     """These perturbations do nothing in baseline media: X_t^p = X^p (eqs 13-14, appendix A).
 
-    ``conditions``: perturbation names, or "auto", all. The term: for each, the difference from control of the same time in baseline
-    media, in log rate averaged over rest states, is Normal(0, noise), the noise being the standard error of that difference.
+    ``conditions``: perturbation names, each meaning every kind of perturbation of these genes, or "auto", all. The term is the
+    difference in baseline media and nothing else: for each perturbation and time, that from control, in log share averaged over rest
+    states and with the expected condition effect, is Normal(0, noise), the noise being the standard error of that difference.
+
+    The pairs counted are F(X_t^p, ·, m, t) → X_{m,t}^p, one for each perturbation and media beside the baseline. They need no term of
+    their own: where X_t^p = X^p, a cell kept with its perturbation in baseline media starts as X^p does, and the pair
+    follows from F(X, p, m, t) → X_{m,t}^p of eq 5.
     """
 
     conditions: str | tuple[str, ...] = "auto"
@@ -71,17 +76,17 @@ class SilentInBaseline(Assumption):
         return AssumptionTest(type(self).__name__, what, found.ratio, found.interval, smallest, power, found.confounds)
 
     def _names(self, screen: "Screen") -> list[str]:
-        """Return the perturbations, each known to the screen."""
+        """Return the labels of the perturbations, each known to the screen."""
         if self.conditions == "auto":
-            return list(screen.perturbations)
+            return sorted(set(labels(screen.conditions)) - {"control"})
         for name in self.conditions:
             if name not in screen.perturbations:
                 raise ValueError(
                     f"SilentInBaseline names {name!r}, which is no perturbation of this screen. {nearest(name, screen.perturbations)}"
                 )
-        return list(self.conditions)
+        return list(dict.fromkeys(label for name in self.conditions for label in meant(name, screen.conditions)))
 
     def _protocols(self, screen: "Screen") -> list[Protocol]:
         """Return each perturbation alone at each time of the screen."""
-        kinds = {p.perturbation: p.perturbations for p in screen.conditions}
+        kinds = {label: p.perturbations for label, p in zip(labels(screen.conditions), screen.conditions, strict=True)}
         return [Protocol([*kinds[name], Wait(time)]) for name in self._names(screen) for time in screen.times]
