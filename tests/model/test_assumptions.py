@@ -10,10 +10,11 @@ import torch
 from scipy.sparse import csr_array
 
 import perturbprob as pb
+from perturbprob.dynamics.neighbours import gradient_constant, map_constant
 from perturbprob.dynamics.neural_ode import Stable
 from perturbprob.inference.draws import centre
 from perturbprob.model.assumptions import Bound, bind
-from perturbprob.model.assumptions.terms import rest_points, standard_error
+from perturbprob.model.assumptions.terms import carried, rest_points, standard_error
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide, node_batch
 
@@ -191,17 +192,25 @@ def test_a_learnt_scale_never_falls_below_the_noise_so_the_objective_is_bounded(
     assert fixed.assumptions[0].term(fixed, fixed_sites) <= ceiling + 1e-3
 
 
-def test_the_lipschitz_constant_of_a_fit_is_that_of_its_jacobian(screen):
-    model, sites = make(screen)
-    protocol, z0 = screen.conditions[-1], torch.randn(3, 2)
-    constant = pb.Lipschitz().constant(model, sites, z0, protocol)
-    segments = model.vocabulary.encode([protocol])
-    slopes = [torch.autograd.functional.jacobian(lambda z: model.moved(sites, z[None], segments).z[0], z) for z in z0]
-    assert constant == pytest.approx(max(float(torch.linalg.matrix_norm(s, 2)) for s in slopes), rel=1e-2)  # coarser steps with gradients
-    step = pb.Lipschitz(bound=constant * 2).bind(screen)
-    assert float(step.term(model, sites).detach()) <= 0
-    assert float(pb.Lipschitz(bound=1e3).bind(screen).term(model, sites).detach()) == 0
-    assert float(pb.Lipschitz().bind(screen).term(model, sites).detach()) < 0
+@pytest.mark.parametrize(("of", "exact"), [("map", map_constant), ("gradient", gradient_constant)])
+@pytest.mark.parametrize("space", ["latent", "gene"])
+def test_the_lipschitz_term_holds_the_constant_of_the_jacobian_to_its_bound(screen, of, exact, space):
+    """Also in gene space, where there is one rest state: the largest constant over conditions and rest states, found from below."""
+    part = screen[[p.time == 3 and p.media != "TGFB1" for p in np.array(screen.conditions)[screen.condition]]]
+    model, sites = make(part.pseudobulk() if space == "gene" else part)
+    bound = pb.Lipschitz(of=of).bind(part)
+    z0 = rest_points(model, len(bound.protocols))
+    flow = lambda z: carried(model, sites, bound.protocols, z).z  # noqa: E731
+    with torch.no_grad():
+        truth = max(float(exact(lambda z: flow(z[None])[0], rest).max()) for rest in z0[:, :])
+    found = float(bound.term(model, sites).detach().neg().sqrt())
+    assert 0.9 * truth < found < 1.02 * truth  # coarser steps with gradients
+    assert float(bound.term(model, sites).detach().neg().sqrt()) == found
+    held, free = (pb.Lipschitz(of=of, bound=b * truth).bind(part).term(model, sites) for b in (0.5, 1.1))
+    assert float(held.detach()) == pytest.approx(-((found - 0.5 * truth) ** 2), rel=1e-3)
+    assert float(free.detach()) == 0
+    held.backward()
+    assert max(float(parameter.grad.abs().max()) for parameter in model.transition.field.parameters() if parameter.grad is not None) > 0
 
 
 @pytest.mark.parametrize("assumption", [*ALL, pb.SteadyState(scale="learnt", reading="control_input"), pb.Lipschitz(of="gradient")])
