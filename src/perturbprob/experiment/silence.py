@@ -135,13 +135,17 @@ def silence(screen: "Screen", perturbations: list[str], seed: int = 0) -> Silenc
 def _pair(found: Groups, name: str, media: str, rng: np.random.Generator) -> tuple[float, float] | None:
     """Return how many genes a perturbation changes in one media and in baseline media, at matched cell numbers, over all times."""
     times = sorted({time for *_, time in found})
-    quads = [[found.get((who, where, time)) for where in (media, None) for who in (name, "control")] for time in times]
-    seen = [_matched(*quad, rng) for quad in quads if all(quad)]
-    return tuple(np.sum(seen, axis=0).tolist()) if seen else None
+    keys = [[(who, where, time) for where in (media, None) for who in (name, "control")] for time in times]
+    seen = [_matched([found[key] for key in four], rng) for four in keys if all(key in found for key in four)]
+    if not seen:
+        return None
+    first, second = np.sum(seen, axis=0)
+    return float(first), float(second)
 
 
-def _matched(here: Group, control: Group, there: Group, reference: Group, rng: np.random.Generator) -> Float[np.ndarray, "2"]:
+def _matched(four: list[Group], rng: np.random.Generator) -> Float[np.ndarray, "2"]:
     """Return how many genes differ from control here, and there, with as many cells of either as there are in both."""
+    here, control, there, reference = four
     own, unperturbed = min(here.n_cells, there.n_cells), min(control.n_cells, reference.n_cells)
     sides = [(here, control), (there, reference)]
     draws = [[changed(one.thinned(own, rng), c.thinned(unperturbed, rng)).sum() for one, c in sides] for _ in range(_THINNED)]

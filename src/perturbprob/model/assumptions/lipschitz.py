@@ -54,7 +54,7 @@ class Lipschitz(Assumption):
         """Return minus the weighted square of the constant, or of its excess over the bound."""
         z0 = rest_points(model, len(bound.protocols))
         constant = CONSTANTS[self.of](lambda z: carried(model, sites, bound.protocols, z).z, z0, _directions(z0)).amax()
-        return -self.weight * (constant if self.bound == "penalty" else torch.relu(constant - self.bound)).square()
+        return -self.weight * (constant if isinstance(self.bound, str) else torch.relu(constant - self.bound)).square()
 
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return nothing: it adds no pair."""

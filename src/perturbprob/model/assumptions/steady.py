@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment import rest
-from perturbprob.experiment.action import Protocol, Wait
+from perturbprob.experiment.action import Perturbation, Protocol, Wait
 from perturbprob.experiment.paths import Pair, path_of, state
 from perturbprob.experiment.vocabulary import labels, nearest
 from perturbprob.model.assumptions.assumption import Assumption, Bound
@@ -176,7 +176,7 @@ def _named(screen: "Screen", name: str) -> list[Protocol]:
 
 def _last_times(protocols: Sequence[Protocol]) -> list[Protocol]:
     """Return the last of the protocols of each perturbation, of each kind, in each media."""
-    last: dict[tuple[object, str], Protocol] = {}
+    last: dict[tuple[tuple[Perturbation, ...], str], Protocol] = {}
     for p in sorted(protocols, key=lambda p: p.time):
         last[p.perturbations, p.media or ""] = p
     order = list(dict.fromkeys(p.perturbations for p in protocols))
