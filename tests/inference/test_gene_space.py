@@ -142,7 +142,7 @@ def test_a_summary_of_a_screen_is_fitted_with_silence_assumed(data_path: Callabl
     with pytest.warns(pb.ScreenWarning):
         screen = pb.Screen.from_anndata(adata, media="media", baseline="unstimulated", time="time", values="continuous", **known)
     with pytest.warns(UserWarning, match="one batch"):
-        model = pb.node(screen, assumptions=[pb.SilentInBaseline()])
+        model = pb.node(screen, assumptions=[pb.SilentInBaseline(), pb.UneditedStable()])
     fit = pb.fit(model, screen, epochs=20, **SHORT)
     bound = fit.model.assumptions[0]
     assert np.isfinite(bound.noise).all()
