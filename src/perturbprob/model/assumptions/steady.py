@@ -82,8 +82,8 @@ class SteadyState(Assumption):
         protocols, weight = self._chosen(screen)
         if self.wait > max(screen.times):
             warnings.warn(
-                f"SteadyState(wait={self.wait:g}) is longer than anything measured ({max(screen.times):g}): the field is not known that far, "
-                "and the fit may break. Give a wait of about the last step.",
+                f"SteadyState(wait={self.wait:g}) is longer than anything measured ({max(screen.times):g}): the field is not known that "
+                "far, and the fit may break. Give a wait of about the last step.",
                 stacklevel=2,
             )
         if self.conditions != "auto":
