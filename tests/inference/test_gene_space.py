@@ -1,7 +1,9 @@
 """Gene space: the same CellModel with a known start, no decoder and normal noise; and the deterministic objective of eq 5."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,31 @@ def test_the_measured_state_is_run_backward(fit: pb.Fit, bulk: pb.Screen) -> Non
     assert float(abs(back["mean"] - truth).mean()) < 0.3 * float(abs(population["mean"] - truth).mean())
     assert float(back["round_trip"].max()) < 1e-2
     assert float(((back["lower"] <= truth) & (truth <= back["upper"])).mean()) > 0.85
+
+
+def test_a_summary_of_a_screen_is_fitted_with_silence_assumed(data_path: Callable[[str], Path]) -> None:
+    """Means with standard errors, control without: the term is finite, the fit improves, and the answer is finite."""
+    adata = anndata.read_h5ad(data_path("datlinger2017_jurkat_summary.h5ad"))[:, :25].copy()
+    known = {"standard_error": "uncertainty_se", "cells_behind": "n_cells"}
+    with pytest.warns(pb.ScreenWarning):
+        screen = pb.Screen.from_anndata(adata, media="media", baseline="unstimulated", time="time", values="continuous", **known)
+    with pytest.warns(UserWarning, match="one batch"):
+        model = pb.node(screen, assumptions=[pb.SilentInBaseline(), pb.UneditedStable()])
+    fit = pb.fit(model, screen, epochs=20, **SHORT)
+    bound = fit.model.assumptions[0]
+    assert np.isfinite(bound.noise).all()
+    assert (bound.noise > 0).all()
+    assert np.isfinite(fit.losses["train"]).all()
+    assert fit.losses["train"][-1] < fit.losses["train"][0]
+    assert np.isfinite(pb.predict(fit, n_draws=5, progress=False)["mean"]).all()
+
+
+def test_known_noise_is_trained_and_predicts(bulk: pb.Screen) -> None:
+    """No noise is learnt, and the prediction of means comes nearer than one mean for all."""
+    with pytest.warns(UserWarning, match="one batch"):
+        model = pb.node(bulk, measurement="known_noise")
+    fit = pb.fit(model, bulk, epochs=150, learning_rate=1e-2, **SHORT)
+    assert np.isfinite(fit.losses["train"]).all()
+    assert "noise" not in pb.posterior(fit, n_draws=2).posterior
+    error = ((pb.predict(fit, n_draws=20, progress=False)["mean"].values - means(bulk)) ** 2).mean()
+    assert error < 0.5 * means(bulk).var(0).mean()

@@ -126,6 +126,26 @@ def test_at_its_own_time_a_node_is_what_it_was(node, memory):
     torch.testing.assert_close(found[0], drawn["condition_effect"][block.nodes.index(node)], atol=1e-3, rtol=0)
 
 
+def test_the_expected_path_is_the_mean_of_exact_conditioning_and_draws_nothing():
+    block, drawn, _ = block_of()
+    new = [0.2, 0.5, 0.9, 1.25, 2.5, 3.0, 4.0, 40.0]
+    state = torch.get_rng_state()
+    found = block.expected(drawn, [Node(A, t) for t in new])
+    assert torch.equal(state, torch.get_rng_state())
+    own, known = [0.5, 1.25, 3.0], drawn["condition_effect"][[block.nodes.index(Node(A, t)) for t in (0.5, 1.25, 3.0)]].numpy()
+    np.testing.assert_allclose(found, kernel(new, own) @ np.linalg.solve(kernel(own, own), known), atol=1e-10)
+    np.testing.assert_allclose(found[[1, 3, 5]], known, rtol=1e-12)
+    assert block.expected(drawn, [Node(("Knockout('C')",), 1.0)]).abs().max() == 0
+    short = drawn | {"condition_memory": torch.tensor(1e-3, dtype=torch.float64)}
+    assert bool(block.expected(short, [Node(A, 2.0)]).isfinite().all())
+
+
+def test_the_expected_path_carries_gradients_to_the_memory():
+    block, drawn, _ = block_of()
+    memory = drawn["condition_memory"].requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: block.expected(drawn | {"condition_memory": m}, [Node(A, 4.0), Node(B, 0.3)]), memory)
+
+
 def test_the_spread_grows_with_the_distance_from_what_was_measured():
     block, drawn, _ = block_of(n_genes=4000)
     drawn["condition_effect"] = torch.zeros_like(drawn["condition_effect"])
@@ -193,5 +213,5 @@ def test_without_terms_there_is_no_site_and_no_effect():
     trace = pyro.poutine.trace(block).get_trace()
     assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == []
     rows = block.rows([[], []])
-    assert torch.equal(block.total(trace.nodes["_RETURN"]["value"], rows), torch.zeros(2, 3))
+    assert torch.equal(block.total(trace.nodes["_RETURN"]["value"]["condition_effect"], rows), torch.zeros(2, 3))
     assert torch.equal(block.extended({}, [Node(A, 1.0)]), torch.zeros(1, 3))

@@ -4,7 +4,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
 import pandas as pd
+
+from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.vocabulary import labels
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -42,8 +46,9 @@ def paths(screen: "Screen", extra: Iterable[Any] = ()) -> pd.DataFrame:
 
     One row each, with the fields of `Pair`, and of its end: whether it was ``observed``, in how many ``cells`` and at which ``times``.
     """
-    seen = screen.summary().sum(axis=1).groupby(level=[0, 1, 2]).sum()
     added = [pair for one in extra for pair in (one.pairs(screen) if hasattr(one, "pairs") else [one])]
+    where = [(label, p.media or screen.baseline or "baseline", p.time) for label, p in _labelled(screen)]
+    seen = pd.Series(np.bincount(screen.condition, minlength=len(where)), pd.MultiIndex.from_tuples(where)).groupby(level=[0, 1, 2]).sum()
     rows = [asdict(pair) | _observed(seen, pair) for pair in (*eq5(screen), *added)]
     return pd.DataFrame(rows)
 
@@ -54,10 +59,15 @@ def eq5(screen: "Screen") -> list[Pair]:
     media = (baseline, *(m for m in screen.media if m != baseline))
     pairs = [
         Pair("eq 5", path_of(p != "control", m == baseline), p, m, "X", done(p, m, baseline), state(p, m, baseline))
-        for p in ("control", *screen.perturbations)
+        for p in ("control", *sorted({label for label, p in _labelled(screen) if p.perturbations}))
         for m in media
     ]
     return sorted(pairs, key=lambda pair: pair.path)
+
+
+def _labelled(screen: "Screen") -> list[tuple[str, Protocol]]:
+    """Return each condition behind the label of its perturbation."""
+    return list(zip(labels(screen.conditions), screen.conditions, strict=True))
 
 
 def done(perturbation: str, media: str, baseline: str) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Float64, Int64
 from scipy.sparse import csr_array
 
 from perturbprob.experiment.moments import Moments, membership, relative_counts
+from perturbprob.experiment.vocabulary import labels
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -58,12 +59,12 @@ class Course:
         """
         _check_screen(screen)
         media = screen.media[0] if media is None else media
-        labels = _labels(screen)
-        names = ("control", *sorted(set(labels) - {"control"}))
+        own = labels(screen.conditions)
+        names = ("control", *sorted(set(own) - {"control"}))
         ends = np.array([(screen.baseline or "baseline") if p.media is None else p.media for p in screen.conditions])
         cells = np.flatnonzero((ends == media)[screen.condition])
         cells = cells[np.argsort(screen.cells[cells], kind="stable")]
-        codes = np.array([(names.index(a), screen.times.index(p.time)) for a, p in zip(labels, screen.conditions, strict=True)])
+        codes = np.array([(names.index(a), screen.times.index(p.time)) for a, p in zip(own, screen.conditions, strict=True)])
         perturbation, time = codes[screen.condition[cells]].astype(np.int64).T
         course = cls(screen.counts[cells].astype(np.float64), screen.size_factor[cells], names, perturbation, screen.times, time)
         _check_controls(course, media, screen.time_unit)
@@ -316,15 +317,6 @@ def _effective_genes(course: Course, values: csr_array) -> float:
     correlated = scale[:, None] * (values.T @ cells - means.T @ (membership(group, course._n_groups) @ cells)) / len(group)
     varied = int((scale > 0).sum())
     return varied**2 / max((correlated**2).sum() - varied**2 / len(group), varied, 1)
-
-
-def _labels(screen: "Screen") -> list[str]:
-    """Name the perturbation of each condition; where one name stands for several kinds, as the actions are written."""
-    kinds: dict[str, set[object]] = {}
-    for p in screen.conditions:
-        kinds.setdefault(p.perturbation, set()).add(p.perturbations)
-    written = (" >> ".join(map(repr, p.perturbations)) for p in screen.conditions)
-    return [p.perturbation if len(kinds[p.perturbation]) == 1 else text for p, text in zip(screen.conditions, written, strict=True)]
 
 
 def _check_screen(screen: "Screen") -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control, norm
 
 from perturbprob.experiment.moments import Moments, membership, relative_counts
+from perturbprob.experiment.vocabulary import labels, meant
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -21,7 +22,7 @@ _THINNED = 20
 @final
 @dataclass(frozen=True)
 class Group:
-    """Mean of each gene over the cells of a perturbation in one media, the variance between its cells, and their number.
+    """Mean of each gene over the cells of a perturbation in one media at one time, the variance between its cells, and their number.
 
     Both are NaN for a gene of which nothing is known.
     """
@@ -36,18 +37,22 @@ class Group:
         return Group(self.mean + rng.standard_normal(len(self.mean)) * np.sqrt(missing), self.variance, n_cells)
 
 
-def groups(screen: "Screen") -> dict[tuple[str, str | None], Group]:
-    """Return the mean of log(1 + count / size factor) for each perturbation in each media (None: baseline), over all times.
+Groups = dict[tuple[str, str | None, float], Group]
+"""Groups by the label of a perturbation, its media (None: baseline) and time."""
+
+
+def groups(screen: "Screen") -> Groups:
+    """Return the mean of log(1 + count / size factor) for each perturbation in each media (None: baseline) at each time.
 
     Of continuous values, the mean of the rows, weighted by the cells behind each where these are known. A row whose standard error
     is not known is left out; but a control of which none is known counts as exact. The variance of few cells is shrunken towards that
     of all groups, which counts for 20 cells: a gene with zeros in every cell of a small group is not known exactly.
     """
-    keys = [(p.perturbation, p.media) for p in screen.conditions]
+    keys = [(label, p.media, p.time) for label, p in zip(labels(screen.conditions), screen.conditions, strict=True)]
     names = list(dict.fromkeys(keys))
     group = np.array([names.index(key) for key in keys])[screen.condition]
     if screen.values == "continuous":
-        mean, error, n_cells = _rows(screen, group, [name == "control" for name, _ in names])
+        mean, error, n_cells = _rows(screen, group, [name == "control" for name, *_ in names])
         variance = error * n_cells[:, None]
     else:
         found = Moments.of(relative_counts(screen.counts, screen.size_factor).log1p(), group, len(names))
@@ -105,36 +110,48 @@ class Silence:
 def silence(screen: "Screen", perturbations: list[str], seed: int = 0) -> Silence:
     """Compare the numbers of genes that perturbations change in other media and in baseline media.
 
-    Every perturbation counts in both with the smaller of its numbers of cells, as more cells alone would change more genes: the noise
-    that the other cells took away is added again, in 20 draws from ``seed``. The interval is a bootstrap over perturbations and media.
-    ``confounds`` says what a screen of continuous values leaves open.
+    Perturbation and control of one time are compared, and the numbers of genes added up over the times seen in both media: what time
+    changes is no effect. Every perturbation counts in both media with the smaller of its numbers of cells, and so does control, as more
+    cells alone would change more genes: the noise that the other cells took away is added again, in 20 draws from ``seed``. The
+    interval is a bootstrap over perturbations and media. ``confounds`` says what a screen of continuous values leaves open.
     """
     found, media = groups(screen), sorted({p.media for p in screen.conditions if p.media is not None})
     rng = np.random.default_rng(seed)
-    pairs = [_pair(found, name, m, rng) for name in perturbations for m in media]
+    names = list(dict.fromkeys(label for name in perturbations for label in meant(name, screen.conditions)))
+    pairs = [_pair(found, name, m, rng) for name in names for m in media]
     counts = np.array([pair for pair in pairs if pair is not None], dtype=float)
     if not len(counts) or (screen.values == "continuous" and screen.standard_error is None):
-        what = "no perturbation is measured, with control, both in baseline and in other media."
+        what = "no perturbation is measured, with control, both in baseline and in other media at one time."
         noise = "values without standard errors do not show which genes change: read them with standard_error=."
         return Silence(math.nan, (math.nan, math.nan), math.nan, (noise if len(counts) else what,))
     rows = rng.integers(len(counts), size=(_BOOTSTRAPS, len(counts)))
     logs = _log_ratio(counts[rows].sum(axis=1))
     low, high = (float(np.exp(q)) for q in np.quantile(logs, (0.05, 0.95)))
     unmatched = "numbers of cells are not known, so they are not matched, and more cells alone change more genes: read cells_behind=."
-    confounds = (unmatched,) if screen.values == "continuous" and screen.cells_behind is None else ()
+    few = f"{len(counts)} pairs of perturbation and media are too few to know how far they differ."
+    confounds: tuple[str, ...] = (few,) if len(counts) < 3 else ()
+    confounds += (unmatched,) if screen.values == "continuous" and screen.cells_behind is None else ()
     return Silence(float(np.exp(_log_ratio(counts.sum(axis=0)))), (low, high), float(logs.std()), confounds)
 
 
-def _pair(found: dict[tuple[str, str | None], Group], name: str, media: str, rng: np.random.Generator) -> tuple[float, float] | None:
-    """Return how many genes a perturbation changes in one media and in baseline media, at matched cell numbers."""
-    keys = [(name, media), ("control", media), (name, None), ("control", None)]
-    if not all(key in found for key in keys):
+def _pair(found: Groups, name: str, media: str, rng: np.random.Generator) -> tuple[float, float] | None:
+    """Return how many genes a perturbation changes in one media and in baseline media, at matched cell numbers, over all times."""
+    times = sorted({time for *_, time in found})
+    keys = [[(who, where, time) for where in (media, None) for who in (name, "control")] for time in times]
+    seen = [_matched([found[key] for key in four], rng) for four in keys if all(key in found for key in four)]
+    if not seen:
         return None
-    here, control, there, reference = (found[key] for key in keys)
-    n_cells = min(here.n_cells, there.n_cells)
-    draws = [[changed(one.thinned(n_cells, rng), c).sum() for one, c in ((here, control), (there, reference))] for _ in range(_THINNED)]
-    first, second = np.mean(draws, axis=0)
+    first, second = np.sum(seen, axis=0)
     return float(first), float(second)
+
+
+def _matched(four: list[Group], rng: np.random.Generator) -> Float[np.ndarray, "2"]:
+    """Return how many genes differ from control here, and there, with as many cells of either as there are in both."""
+    here, control, there, reference = four
+    own, unperturbed = min(here.n_cells, there.n_cells), min(control.n_cells, reference.n_cells)
+    sides = [(here, control), (there, reference)]
+    draws = [[changed(one.thinned(own, rng), c.thinned(unperturbed, rng)).sum() for one, c in sides] for _ in range(_THINNED)]
+    return np.mean(draws, axis=0)
 
 
 def _log_ratio(counts: Float[np.ndarray, "*draw media"]) -> Float[np.ndarray, "*draw"]:

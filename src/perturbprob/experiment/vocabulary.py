@@ -123,6 +123,29 @@ class Vocabulary:
         return cls(**(values | names | {"perturbations": perturbations}))
 
 
+def labels(conditions: Sequence[Protocol]) -> list[str]:
+    """Name the perturbation of each condition; where one name stands for several kinds, as the actions are written.
+
+    >>> from perturbprob.experiment.action import Activation, Interference, Knockout, Wait
+    >>> labels([Knockout("A") >> Wait(1), Activation("B") >> Wait(1), Interference("B") >> Wait(1)])
+    ['A', "Activation('B')", "Interference('B')"]
+    """
+    kinds: dict[str, set[tuple[Perturbation, ...]]] = {}
+    for p in conditions:
+        kinds.setdefault(p.perturbation, set()).add(p.perturbations)
+    return [p.perturbation if len(kinds[p.perturbation]) == 1 else " >> ".join(map(repr, p.perturbations)) for p in conditions]
+
+
+def meant(name: str, conditions: Sequence[Protocol]) -> list[str]:
+    """Return the labels that a name means: its own, or those of every kind of perturbation of these genes.
+
+    >>> from perturbprob.experiment.action import Activation, Interference, Wait
+    >>> meant("B", [Activation("B") >> Wait(1), Interference("B") >> Wait(1)])
+    ["Activation('B')", "Interference('B')"]
+    """
+    return list(dict.fromkeys(label for label, p in zip(labels(conditions), conditions, strict=True) if name in (label, p.perturbation)))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known names are nearest to a misspelt one."""
     names = sorted(set(known))

@@ -89,7 +89,7 @@ class CellModel(PyroModule):
         if self.start is None:  # a known start is a known bias
             bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
         own = {name: value for bound in self.assumptions for name, value in bound.globals().items()}
-        return {**eta, "gene_bias": bias, "condition_effect": self.condition_effect(), **self.effects(), **measurement, **own}
+        return {**eta, "gene_bias": bias, **self.condition_effect(), **self.effects(), **measurement, **own}
 
     def effects(self) -> dict[str, Tensor]:
         """Sample what each perturbation and media adds to the push, with a scale per perturbation."""

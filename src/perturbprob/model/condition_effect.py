@@ -18,6 +18,8 @@ from perturbprob.experiment.action import Action, Media, Protocol, Wait
 Term = tuple[str, ...]
 """The part of a condition that an effect belongs to: a perturbation, a media, or several of them together."""
 
+_FAR = 1e6  # median waits, beyond any memory: finite, as gradients through infinity are not
+
 
 @dataclass(frozen=True, order=True)
 class Node:
@@ -120,6 +122,9 @@ class ConditionEffect(PyroModule):
         self.n_genes = n_genes
         self.terms = tuple(dict.fromkeys(n.term for n in self.nodes))
         self._number = {node: k for k, node in enumerate(self.nodes)}
+        self._paths: dict[Term, list[tuple[float, int]]] = {}
+        for k, node in enumerate(self.nodes):
+            self._paths.setdefault(node.term, []).append((node.time, k))
         follows = [k > 0 and self.nodes[k - 1].term == n.term for k, n in enumerate(self.nodes)]
         depth: list[int] = []
         for chained in follows:
@@ -132,17 +137,17 @@ class ConditionEffect(PyroModule):
         self.register_buffer("depth", torch.tensor(depth, dtype=torch.long), persistent=False)
         self.register_buffer("term", torch.tensor([self.terms.index(n.term) for n in self.nodes], dtype=torch.long), persistent=False)
 
-    def forward(self) -> Float[Tensor, "node gene"]:
-        """Sample the paths above the cell plate; one row per node."""
+    def forward(self) -> dict[str, Tensor]:
+        """Sample the paths, one row per node, with their scales and memory, above the cell plate."""
         if not self.nodes:
-            return self.gap.new_zeros(0, self.n_genes)
+            return {"condition_effect": self.gap.new_zeros(0, self.n_genes)}
         zero, genes = self.gap.new_zeros(len(self.terms)), self.gap.new_zeros(self.n_genes)
         scale = pyro.sample("condition_scale", dist.LogNormal(zero - 3.0, 1.0).to_event(1))
         gene_scale = pyro.sample("condition_gene_scale", dist.LogNormal(genes, 0.5).to_event(1))
         memory = pyro.sample("condition_memory", dist.LogNormal(self.gap.new_tensor(0.0), 0.5))
         local = pyro.sample("condition_local_scale", dist.LogNormal(zero[:, None] + genes, 1.0).to_event(2))
         sites = {"condition_scale": scale, "condition_gene_scale": gene_scale, "condition_local_scale": local, "condition_memory": memory}
-        return pyro.sample("condition_effect", self.law(sites))
+        return sites | {"condition_effect": pyro.sample("condition_effect", self.law(sites))}
 
     def law(self, sites: dict[str, Tensor]) -> FromRest:
         """Return the prior of all paths given their scales and memory."""
@@ -173,6 +178,30 @@ class ConditionEffect(PyroModule):
         if not extra:
             return sites
         return sites | {"condition_effect": torch.cat([sites["condition_effect"], self.extended(sites, extra)])}
+
+    def expected(self, sites: dict[str, Tensor], nodes: Sequence[Node]) -> Float[Tensor, "extra gene"]:
+        """Return the mean of nodes given one draw of those that were measured, without a random draw; of a measured node, its value.
+
+        Between two nodes the OU bridge, (x₁ sinh((t₂ − t) / memory) + x₂ sinh((t − t₁) / memory)) / sinh((t₂ − t₁) / memory), with 0 at
+        time 0 for the first; behind the last node e^(−gap / memory) times it; of a term never seen, 0.
+        """
+        if not nodes:
+            return self.gap.new_zeros(0, self.n_genes)
+        found = [self._neighbours(node) for node in nodes]
+        before, after = (torch.tensor(rows, device=self.gap.device) for rows in zip(*(rows for rows, _ in found), strict=True))
+        ahead, behind = self.gap.new_tensor([gaps for _, gaps in found]).T / sites["condition_memory"]
+        width = torch.expm1(-2 * (ahead + behind))
+        share_behind = torch.exp(-behind) * torch.expm1(-2 * ahead) / width
+        share_ahead = torch.exp(-ahead) * torch.expm1(-2 * behind) / width
+        effect = torch.nn.functional.pad(sites["condition_effect"], (0, 0, 0, 1))
+        return share_behind[:, None] * effect[before] + share_ahead[:, None] * effect[after]
+
+    def _neighbours(self, node: Node) -> tuple[tuple[int, int], tuple[float, float]]:
+        """Return the last node up to this one and the first behind it, the number of all where there is none, and the gaps to both."""
+        own = self._paths.get(node.term, [])
+        earlier = max((pair for pair in own if pair[0] <= node.time), default=(0.0, len(self.nodes)))
+        later = min((pair for pair in own if pair[0] > node.time), default=(node.time + _FAR, len(self.nodes)))
+        return (earlier[1], later[1]), (later[0] - node.time, node.time - earlier[0])
 
     def extended(self, sites: dict[str, Tensor], nodes: Sequence[Node]) -> Float[Tensor, "extra gene"]:
         """Draw the effect of nodes that were not measured, given one draw of those that were.

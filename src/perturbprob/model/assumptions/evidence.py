@@ -1,7 +1,7 @@
 """What a screen says of an assumption."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, final
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
 
-Choose = Callable[[rest.Course], Float[np.ndarray, "part condition"]]
+Choose = Callable[[rest.Course, str], Float[np.ndarray, "part condition"]]
 
 
 @final
@@ -45,13 +45,18 @@ class AssumptionTest:
         return cls(name, what, math.nan, (math.nan, math.nan), math.nan, math.nan, (why,))
 
     @classmethod
-    def of_movement(cls, name: str, what: str, screen: "Screen", chosen: Choose) -> Self:
+    def of_movement(cls, name: str, what: str, screen: "Screen", chosen: Choose, media: Sequence[str]) -> Self:
         """Ask how far some conditions move beyond noise, root mean square over them; say why where the screen cannot tell.
 
-        ``chosen`` picks mean squares, their standard errors and those if nothing moved, (part, condition), from a `rest.Course`.
+        ``chosen`` picks mean squares, their standard errors and those if nothing moved, (part, condition), from the `rest.Course` of
+        each media, named beside it.
         """
+        unseen = [m for m in media if m not in screen.media]
+        if unseen or not media:
+            where = f"in media {unseen[0]!r}" if unseen else "of these conditions"
+            return cls.impossible(name, what, f"the screen holds no cells {where}.")
         try:
-            parts = chosen(rest.Course.of(screen))
+            parts = np.concatenate([chosen(rest.Course.of(screen, m), m) for m in media], axis=1)
         except ValueError as error:
             return cls.impossible(name, what, str(error))
         known = parts[:, np.isfinite(parts).all(axis=0)]
@@ -59,7 +64,8 @@ class AssumptionTest:
             return cls.impossible(name, what, "none of these conditions was seen at two sequential times.")
         n, square = known.shape[1], float(known[0].mean())
         error, null = (float(np.sqrt((row**2).sum()) / n) for row in known[1:])
-        ends = (square - 1.645 * error, square + 1.645 * error, (1.645 + 0.842) * null)
+        # a mean square below 0 is noise: the upper end is that of 0, not of what noise took away
+        ends = (square - 1.645 * error, max(square, 0.0) + 1.645 * error, (1.645 + 0.842) * null)
         low, high, smallest = (math.sqrt(max(0.0, value)) for value in ends)
         power = 0.5 * math.erfc((1.645 * null - square) / error / math.sqrt(2))
         return cls(name, what, math.sqrt(max(0.0, square)), (low, high), smallest, power, _time_confounds(screen))

@@ -12,10 +12,10 @@ from torch import Tensor
 from perturbprob.experiment.action import Protocol, Wait
 from perturbprob.experiment.paths import Pair, state
 from perturbprob.experiment.silence import silence
-from perturbprob.experiment.vocabulary import nearest
+from perturbprob.experiment.vocabulary import labels, meant, nearest
 from perturbprob.model.assumptions.assumption import Assumption, Bound
 from perturbprob.model.assumptions.evidence import AssumptionTest
-from perturbprob.model.assumptions.terms import carried, location, standard_error
+from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 class SilentInBaseline(Assumption):
     """These perturbations do nothing in baseline media: X_t^p = X^p (eqs 13-14, appendix A).
 
-    ``conditions``: perturbation names, or "auto", all. The term: for each, the difference from control of the same time in baseline
-    media, in log rate averaged over rest states, is Normal(0, noise), the noise being the standard error of that difference.
+    ``conditions``: perturbation names, each meaning every kind of perturbation of these genes, or "auto", all. The term is the
+    difference in baseline media and nothing else: for each perturbation and time, that from control, in log share averaged over rest
+    states and with the expected condition effect, is Normal(0, noise), the noise being the standard error of that difference.
+
+    The pairs counted are F(X_t^p, ·, m, t) → X_{m,t}^p, one for each perturbation and media beside the baseline. They need no term of
+    their own: where X_t^p = X^p, a cell kept with its perturbation in baseline media starts as X^p does, and the pair
+    follows from F(X, p, m, t) → X_{m,t}^p of eq 5.
     """
 
     conditions: str | tuple[str, ...] = "auto"
@@ -36,7 +41,9 @@ class SilentInBaseline(Assumption):
     def __init__(self, conditions: str | Sequence[str] = "auto") -> None:
         """Keep the names."""
         several = (conditions,) if isinstance(conditions, str) and conditions != "auto" else conditions
-        object.__setattr__(self, "conditions", several if several == "auto" else tuple(several))
+        if not len(several) or not all(isinstance(name, str) for name in several):
+            raise ValueError(f"SilentInBaseline takes names of perturbations, such as ['SOX2'], or 'auto'; got {conditions!r}.")
+        object.__setattr__(self, "conditions", several if several == "auto" else tuple(dict.fromkeys(several)))
 
     def bind(self, screen: "Screen") -> Bound:
         """Find the conditions in baseline media, or where they were not measured what they would be, and their noise."""
@@ -47,7 +54,7 @@ class SilentInBaseline(Assumption):
     def term(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound) -> Float[Tensor, ""]:
         """Return Σ_p Σ_g log Normal(difference_pg | 0, noise_pg)."""
         here, control = (
-            location(model, sites, carried(model, sites, protocols).z).mean(0)
+            log_shares(model, sites, carried(model, sites, protocols), protocols).mean(0)
             for protocols in (bound.protocols, [p.unperturbed() for p in bound.protocols])
         )
         return bound.log_density(here - control).sum()
@@ -71,17 +78,17 @@ class SilentInBaseline(Assumption):
         return AssumptionTest(type(self).__name__, what, found.ratio, found.interval, smallest, power, found.confounds)
 
     def _names(self, screen: "Screen") -> list[str]:
-        """Return the perturbations, each known to the screen."""
+        """Return the labels of the perturbations, each known to the screen."""
         if self.conditions == "auto":
-            return list(screen.perturbations)
+            return sorted(set(labels(screen.conditions)) - {"control"})
         for name in self.conditions:
             if name not in screen.perturbations:
                 raise ValueError(
                     f"SilentInBaseline names {name!r}, which is no perturbation of this screen. {nearest(name, screen.perturbations)}"
                 )
-        return list(self.conditions)
+        return list(dict.fromkeys(label for name in self.conditions for label in meant(name, screen.conditions)))
 
     def _protocols(self, screen: "Screen") -> list[Protocol]:
         """Return each perturbation alone at each time of the screen."""
-        kinds = {p.perturbation: p.perturbations for p in screen.conditions}
+        kinds = {label: p.perturbations for label, p in zip(labels(screen.conditions), screen.conditions, strict=True)}
         return [Protocol([*kinds[name], Wait(time)]) for name in self._names(screen) for time in screen.times]

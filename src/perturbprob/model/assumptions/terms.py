@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -36,29 +37,46 @@ def carried(
     return model.moved(sites, rest_points(model, len(protocols)) if z0 is None else z0, segments)
 
 
-def location(
-    model: "CellModel", sites: dict[str, Tensor], z: Float[Tensor, "rest condition latent"]
+def log_shares(
+    model: "CellModel", sites: dict[str, Tensor], state: CellState, protocols: Sequence[Protocol]
 ) -> Float[Tensor, "rest condition gene"]:
-    """Return the log share of each gene, or the location of each value, without condition effects."""
-    return model.decoder(z, sites["gene_bias"])
+    """Return the log share of each gene, or the location of each value, at the end of each protocol, condition effects included.
+
+    An effect that was not measured at that time has its expected value: a term draws nothing.
+    """
+    effect, names = model.condition_effect, model.vocabulary
+    parts = [effect.parts(names.protocol(p), names.time_scale) for p in protocols]
+    extra = effect.unknown(parts)
+    filled = torch.cat([sites["condition_effect"], effect.expected(sites, extra)])
+    return model.log_shares(sites | {"condition_effect": filled}, state, effect.rows(parts, extra).to(filled.device))
 
 
 def standard_error(screen: "Screen", protocols: Sequence[Protocol]) -> Float[np.ndarray, "condition gene"]:
     """Return the standard error of the log of each condition's mean; of the value itself where values are continuous.
 
-    A condition without cells has the error of all cells.
+    A condition without cells has the median error of those with cells.
     """
-    number = {p: k for k, p in enumerate(screen.conditions)}
-    error = np.concatenate([_errors(screen, screen.condition, len(number)), _errors(screen, np.zeros(screen.n_cells, np.int64), 1)])
-    return error[[number.get(p, -1) for p in protocols]]
-
-
-def _errors(screen: "Screen", group: Int[np.ndarray, " cell"], n_groups: int) -> Float[np.ndarray, "group gene"]:
-    """Return the standard error of groups of cells."""
+    number, n_groups = {p: k for k, p in enumerate(screen.conditions)}, len(screen.conditions)
     if screen.values == "continuous":
-        known = np.nan if screen.standard_error is None else screen.standard_error
-        square = np.where(np.isfinite(known), known, 0.1).astype(float) ** 2 * np.ones((screen.n_cells, screen.n_genes))
-        return np.sqrt(membership(group, n_groups) @ square / np.bincount(group, minlength=n_groups)[:, None]) + 1e-3
-    found = Moments.of(relative_counts(screen.counts, screen.size_factor), group, n_groups)
-    n = found.n_cells[:, None]
-    return np.sqrt((found.variance + 0.5 / n) / n) / (found.mean + 0.5 / n)
+        square = membership(screen.condition, n_groups) @ _row_errors(screen) ** 2
+        error = np.sqrt(square) / np.bincount(screen.condition, minlength=n_groups)[:, None]
+    else:
+        found = Moments.of(relative_counts(screen.counts, screen.size_factor), screen.condition, n_groups)
+        n = found.n_cells[:, None]
+        error = np.sqrt((found.variance + 0.5 / n) / n) / (found.mean + 0.5 / n)
+    return np.concatenate([error, np.median(error, axis=0, keepdims=True)])[[number.get(p, -1) for p in protocols]]
+
+
+def _row_errors(screen: "Screen") -> Float[np.ndarray, "cell gene"]:
+    """Return the standard error of continuous values; an unknown one is the gene's spread between rows of one condition.
+
+    Where no condition has two rows it is the spread over all. No error is below a thousandth of that spread: an exact value would
+    have an infinite density.
+    """
+    every, within = Moments.of(screen.counts), Moments.of(screen.counts, screen.condition, len(screen.conditions))
+    overall = np.sqrt(every.squares[0] / max(screen.n_cells - 1, 1))
+    overall = np.where(overall > 0, overall, np.median(overall[overall > 0]) if (overall > 0).any() else 1.0)
+    spread = np.sqrt(within.squares.sum(axis=0) / max(screen.n_cells - len(screen.conditions), 1))
+    unknown = np.where(spread > 1e-6 * overall, spread, overall)  # sums of squares differ in their last digits
+    known = np.full(unknown.shape, np.nan) if screen.standard_error is None else screen.standard_error.astype(float)
+    return np.maximum(np.where(np.isfinite(known), known, unknown), 1e-3 * overall) * np.ones((screen.n_cells, 1))

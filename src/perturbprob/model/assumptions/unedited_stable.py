@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class UneditedStable(Assumption):
     """Unedited cells do not respond to baseline media: X_t = X (2.3.1).
 
-    The push without marks is 0 by construction, so the term is 0, and control cells of any time are X: path 4 is the identity.
+    The push without marks is 0 by construction, so the term is 0, and control cells of any time are X: path 4 is the identity, counted as
+    one pair, F(X_t, ·, ·, 0) → X, whatever the number of times. The pairs of eq 5 that start from X may then start from any X_t.
     """
 
     def pairs(self, screen: "Screen") -> list[Pair]:
@@ -27,5 +28,6 @@ class UneditedStable(Assumption):
 
     def test(self, screen: "Screen") -> AssumptionTest:
         """Ask how far control cells in baseline media move per unit of time, root mean square over genes in log₂ units."""
-        what = "control cells in baseline media move, per unit of time, by log₂"
-        return AssumptionTest.of_movement(type(self).__name__, what, screen, lambda course: rest.movement(course, drift=True)[:, 0])
+        what, baseline = "control cells in baseline media move, per unit of time, by log₂", screen.baseline or "baseline"
+        control = lambda course, _: rest.movement(course, drift=True)[:, 0]  # noqa: E731
+        return AssumptionTest.of_movement(type(self).__name__, what, screen, control, [baseline])
