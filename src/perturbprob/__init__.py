@@ -39,7 +39,7 @@ from perturbprob.inference import (  # noqa: E402
     translate,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
-from perturbprob.studies import baselines, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
+from perturbprob.studies import baselines, decompose_batches, decompose_means, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,6 +66,8 @@ __all__ = [
     "coherent_draws",
     "counterfactual",
     "datasets",
+    "decompose_batches",
+    "decompose_means",
     "effects",
     "fit",
     "lipschitz_constant",
