@@ -20,7 +20,6 @@ from perturbprob.studies.reference_grid import ReferenceGrid
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
 
-INTERACTIONS = (("media", "batch"), ("perturbation", "batch"))
 SURE = 0.9
 """A batch gene is named in the report where its probability is at least this."""
 
@@ -87,7 +86,7 @@ def decompose_batches(
     *,
     n_draws: int = 100,
     n_states: int = 32,
-    interactions: Sequence[str | Sequence[str]] = INTERACTIONS,
+    interactions: Sequence[str | Sequence[str]] | None = None,
     threshold: float = 0.1,
     level: float = 0.9,
     seed: int = 0,
@@ -111,7 +110,8 @@ def decompose_batches(
     continuous values f is the expected value, and the noise that learnt beside the known standard errors.
 
     Main arguments: ``interactions`` names the interactions to keep apart, each a pair (or more) of factors such as ``("media", "batch")``
-    or ``"media:batch"``; one with a factor of a single level adds nothing, and all others are the source "rest". Factors that are
+    or ``"media:batch"`` (default: batch with media and with perturbation); one with a factor of a single level adds nothing, and all
+    others are the source "rest". Factors that are
     aliased in the layout, or a factor in which batches are nested, are one factor over their observed combinations, such as "time/batch":
     what is due to which, no cell tells. ``threshold`` is the share of batch above which a gene is a batch gene. Combinations that were never
     observed but can be predicted are part of the grid; the notes count them.

@@ -27,14 +27,12 @@ class ReferenceGrid:
 
     An axis is a factor with several levels, or several that are aliased, named like ``"time/batch"``, over their observed combinations.
     ``levels`` holds each axis' levels as values of its factors, ``fixed`` the single level of every other factor, ``seen`` the observed
-    combinations of all factors, ``aliased`` whether any axis is of several factors.
+    combinations of all factors.
     """
 
     levels: dict[str, list[Level]]
     fixed: dict[str, object]
     seen: frozenset[Level]
-    baseline: str
-    unit: str
 
     @classmethod
     def of(cls, fit: "Fit") -> Self:
@@ -52,8 +50,7 @@ class ReferenceGrid:
             places = [FACTORS.index(name) for name in group]
             levels["/".join(group)] = sorted({tuple(row[k] for k in places) for row in seen}, key=lambda level: [_order(v) for v in level])
         fixed = {name: values[0] for name, values in of_factor.items() if len(values) == 1}
-        names = fit.model.vocabulary
-        return cls(levels, fixed, frozenset(seen), names.baseline or "baseline", names.time_unit or "")
+        return cls(levels, fixed, frozenset(seen))
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -106,8 +103,13 @@ class ReferenceGrid:
         """The batch of each cell of the grid."""
         return [str(row[3]) for row in self.rows]
 
-    def terms(self, interactions: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:
-        """Return interactions of factors as interactions of axes, each once; those with a factor of one level are left out."""
+    def terms(self, interactions: Sequence[str | Sequence[str]] | None) -> list[tuple[str, ...]]:
+        """Return interactions of factors as interactions of axes, each once; those with a factor of one level are left out.
+
+        None stands for batch with media and with perturbation, where they are not aliased.
+        """
+        if interactions is None:
+            interactions = [(name, "batch") for name in ("media", "perturbation") if name not in self.batch_axis.split("/")]
         found = dict[tuple[str, ...], None]()
         for one in interactions:
             names = [name.strip() for name in one.split(":")] if isinstance(one, str) else list(one)
