@@ -39,7 +39,15 @@ from perturbprob.inference import (  # noqa: E402
     translate,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
-from perturbprob.studies import baselines, decompose_batches, decompose_means, predictive_check, proof_of_principle, sensitivity, steady_states  # noqa: E402
+from perturbprob.studies import (
+    baselines,
+    decompose_batches,
+    decompose_means,
+    predictive_check,
+    proof_of_principle,
+    sensitivity,
+    steady_states,
+)  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

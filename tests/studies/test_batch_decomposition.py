@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from anndata import AnnData
 
 import perturbprob as pb
+from perturbprob.experiment.simulate import Simulation
 from perturbprob.inference.draws import centre, global_draws
 from perturbprob.inference.predict import Expectation
 from perturbprob.measurement.counts import CountLaw
@@ -60,7 +62,12 @@ def test_variances_are_those_of_a_dense_analysis_of_variance(fit: pb.Fit) -> Non
     main = [effect(k) - effect() for k in range(4)]
     both = effect(1, 3) - effect(1) - effect(3) + effect()
     rest = mean - effect() - sum(main) - both
-    wanted = [value.var(0).mean((0, 1, 2, 3)), *(part.var((0, 1, 2, 3)) for part in main), both.var((0, 1, 2, 3)), (rest**2).mean((0, 1, 2, 3))]
+    wanted = [
+        value.var(0).mean((0, 1, 2, 3)),
+        *(part.var((0, 1, 2, 3)) for part in main),
+        both.var((0, 1, 2, 3)),
+        (rest**2).mean((0, 1, 2, 3)),
+    ]
     found = parts.table["variance"].values[:-1]
     assert parts.table["source"].values.tolist()[-3:] == ["media:batch", "rest", "noise"]
     assert np.allclose(found, wanted, rtol=1e-3, atol=1e-6)
@@ -181,3 +188,36 @@ def test_the_order_of_factors_in_an_interaction_does_not_matter(fit: pb.Fit) -> 
     grid = ReferenceGrid.of(fit)
     assert grid.terms(["batch:media", ("media", "batch")]) == [("media", "batch")]
     assert grid.terms(["batch:media:time"]) == [("media", "time", "batch")]
+
+
+def true_shares(simulation: Simulation, n_states: int = 64) -> np.ndarray:
+    """The same shares over genes from what was simulated, in numpy: state, perturbation, time, batch, their rest, noise."""
+    truth, n = simulation.truth, len(simulation.truth["condition"])
+    logits = truth["median_log_rate"].values[None] + truth["programme"].values[:n_states, None]
+    log_share = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    value = log_share[:, :, None] + truth["batch_effect"].values  # state, condition, batch, gene
+    shape = (len(dict.fromkeys(truth["perturbation"].values)), len(dict.fromkeys(truth["time"].values)), value.shape[2])
+    mean = value.mean(0).reshape(*shape, -1)
+    main = [mean.mean(tuple(k for k in range(3) if k != axis)).var(0) for axis in range(3)]
+    log_rate = np.linspace(value.min(), value.max(), 80) + np.log(truth.attrs["depth"])
+    count, theta = np.arange(2000)[:, None, None], truth["dispersion"].values
+    weight = scipy.stats.nbinom.pmf(count, theta, theta / (theta + np.exp(log_rate)[:, None]))
+    first, second = ((weight * np.log1p(count) ** k).sum(0) for k in (1, 2))
+    noise = [
+        np.interp(value[..., g] + np.log(truth.attrs["depth"]), log_rate, (second - first**2)[:, g]).mean() for g in range(mean.shape[-1])
+    ]
+    parts = np.array([value.var(0).mean((0, 1)), *main, mean.var((0, 1, 2)) - sum(main), noise]).sum(1)
+    return parts / parts.sum()
+
+
+@pytest.mark.slow
+def test_shares_are_near_those_of_the_simulation() -> None:
+    simulation = pb.simulate(n_cells=3000, n_genes=40, n_perturbations=4, n_batches=3, batch_scale=0.4, seed=6)
+    screen = pb.Screen.from_anndata(
+        simulation.adata, media="media", time="time", batch="batch", size_factor=simulation.truth["size_factor"].values
+    )
+    fit = pb.fit(pb.node(screen, 4), screen, epochs=40, progress=False)
+    table = pb.decompose_batches(fit, n_draws=20, n_states=64, interactions=[], progress=False).table
+    assert np.allclose(table["overall"], true_shares(simulation), atol=0.03)
+    loading = simulation.truth["batch_effect"].values
+    assert float(np.corrcoef(table["loading"].values.ravel(), loading.ravel())[0, 1]) > 0.95

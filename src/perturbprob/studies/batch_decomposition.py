@@ -212,7 +212,8 @@ class _Sums:
         n = self.grid.n_cells
         of = {part: (margin * len(margin) / n).var(0, correction=0) for part, margin in self.margins.items()}
         pure = [
-            sum((-1) ** (len(term) - k) * of[part] for k in range(1, len(term) + 1) for part in combinations(term, k)) for term in self.terms
+            sum((-1) ** (len(term) - k) * of[part] for k in range(1, len(term) + 1) for part in combinations(term, k))
+            for term in self.terms
         ]
         total = self.square / n - (self.margins[(self.grid.batch_axis,)].sum(0) / n).square()
         known = [torch.as_tensor(value).clamp(min=0) for value in pure]

@@ -110,9 +110,7 @@ def predictive_check(
     named = {level: running[level].dataset(screen, level) for level in groups.of}
     total = groups.squares(seen, groups.spread)
     interaction = running["interaction"].interaction(screen, total, {"freedom": groups.freedom, "advice": _advice(fit)})
-    return PredictiveCheck(
-        gene=named["all"], condition=named["condition"], batch=named["batch"], interaction=interaction, n_draws=n_draws
-    )
+    return PredictiveCheck(gene=named["all"], condition=named["condition"], batch=named["batch"], interaction=interaction, n_draws=n_draws)
 
 
 def _advice(fit: "Fit") -> str:

@@ -44,7 +44,9 @@ class ReferenceGrid:
         ]
         of_factor = {name: sorted({row[k] for row in seen}, key=_order) for k, name in enumerate(FACTORS)}
         if len(of_factor["batch"]) < 2:
-            raise ValueError("The fit has one batch, so there is no batch effect to take apart. Name the batch column when reading the screen.")
+            raise ValueError(
+                "The fit has one batch, so there is no batch effect to take apart. Name the batch column when reading the screen."
+            )
         levels = {}
         for group in _groups([name for name in FACTORS if len(of_factor[name]) > 1], fit.trained_on["confounded"]):
             places = [FACTORS.index(name) for name in group]
@@ -128,11 +130,15 @@ class ReferenceGrid:
         unseen = self.n_cells - len(self.seen)
         notes = [f"Grid: {size}, each combination once, with the same {n_states} rest states in each; noise is that of log(1 + count)."]
         if unseen > 0:
-            notes.append(f"{unseen} of {self.n_cells} combinations were never observed; what the fit predicts of them counts like the others.")
+            notes.append(
+                f"{unseen} of {self.n_cells} combinations were never observed; what the fit predicts of them counts like the others."
+            )
         for axis in self.axes:
             if "/" in axis:
                 words = " and ".join(axis.split("/"))
-                notes.append(f"{words} are aliased in this layout: their share is given together, as {axis}; no cell tells what is due to which.")
+                notes.append(
+                    f"{words} are aliased in this layout: their share is given together, as {axis}; no cell tells what is due to which."
+                )
         return tuple(notes)
 
     def _axis(self, factor: str) -> str:
