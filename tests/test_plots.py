@@ -335,3 +335,18 @@ def test_steady_states_draws_every_step_and_marks_what_moves(screen):
     assert "1 → 2 day" in below.get_xlabel()
     with pytest.raises(ValueError, match="There is no media 'BMP5' here"):
         plots.steady_states(result, media="BMP5")
+
+
+def test_the_decomposition_shows_shares_genes_and_batches(fit):
+    parts = pb.decompose_batches(fit, n_draws=3, n_states=4, progress=False)
+    figure = plots.batch_decomposition(parts, n_genes=4)
+    left, middle, right = figure.axes[:3]
+    assert [t.get_text() for t in left.get_yticklabels()][0] == "batch"
+    assert len(middle.get_yticklabels()) == 5
+    assert right.images[0].get_array().shape == (4, 2)
+    widths = np.zeros(5)
+    for container in middle.containers:
+        widths += [bar.get_width() for bar in container]
+    assert (widths > 99).all()
+    with pytest.raises(ValueError, match="n_genes must be at least 1"):
+        plots.batch_decomposition(parts, n_genes=0)

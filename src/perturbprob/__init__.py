@@ -39,7 +39,7 @@ from perturbprob.inference import (  # noqa: E402
     translate,
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
-from perturbprob.studies import (
+from perturbprob.studies import (  # noqa: E402
     baselines,
     decompose_batches,
     decompose_means,
@@ -47,7 +47,7 @@ from perturbprob.studies import (
     proof_of_principle,
     sensitivity,
     steady_states,
-)  # noqa: E402
+)
 
 __version__ = "0.1.0"
 __all__ = [

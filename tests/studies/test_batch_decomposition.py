@@ -190,9 +190,9 @@ def test_the_order_of_factors_in_an_interaction_does_not_matter(fit: pb.Fit) -> 
     assert grid.terms(["batch:media:time"]) == [("media", "time", "batch")]
 
 
-def true_shares(simulation: Simulation, n_states: int = 64) -> np.ndarray:
+def true_shares(simulation: Simulation, n_states: int = 2000) -> np.ndarray:
     """The same shares over genes from what was simulated, in numpy: state, perturbation, time, batch, their rest, noise."""
-    truth, n = simulation.truth, len(simulation.truth["condition"])
+    truth = simulation.truth
     logits = truth["median_log_rate"].values[None] + truth["programme"].values[:n_states, None]
     log_share = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     value = log_share[:, :, None] + truth["batch_effect"].values  # state, condition, batch, gene

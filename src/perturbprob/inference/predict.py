@@ -248,7 +248,7 @@ class Expectation:
 
 
 def interpolated_log1p(law: CountLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:
-    """Return E[log(1 + x)], or another ``moment``, of many rates that share each gene's dispersion and gate, from a table over the log rate.
+    """Return E[log(1 + x)], or another ``moment``, of many rates that share each gene's dispersion and gate, from a table over log rates.
 
     The table has a step of 0.05 or finer; the second derivative is at most about 0.25, so linear interpolation errs by less than 1e-4.
     """

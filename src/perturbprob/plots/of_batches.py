@@ -20,7 +20,7 @@ _HATCHED = ("#E69F00", "#F0E442", "#b07aa1", "#9c755f")
 def batch_decomposition(
     parts: "BatchDecomposition", *, n_genes: int = 20, figure: "matplotlib.figure.Figure | None" = None
 ) -> "matplotlib.figure.Figure":
-    """Draw what `decompose_batches` returned: shares of variance over genes with their intervals, and genes in the order of their batch share.
+    """Draw what `decompose_batches` returned: shares of variance over genes with their intervals, and genes by their batch share.
 
     The left panel has a point and an interval for each source, of variances summed over genes. The middle one stacks the shares of
     all genes together and of the ``n_genes`` with the largest batch share, batch first; ● marks genes whose batch share is

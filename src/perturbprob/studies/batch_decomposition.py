@@ -107,14 +107,13 @@ def decompose_batches(
 
     the variance of a count on the log1p scale under its law at the median depth of the screen. A share is a variance over the sum of
     all of them. The grid weighs levels evenly, so shares do not depend on how many cells each has; depth is the same everywhere. Of
-    continuous values f is the expected value, and the noise that learnt beside the known standard errors.
+    continuous values f is the expected value, and noise the one learnt beside the known standard errors.
 
     Main arguments: ``interactions`` names the interactions to keep apart, each a pair (or more) of factors such as ``("media", "batch")``
     or ``"media:batch"`` (default: batch with media and with perturbation); one with a factor of a single level adds nothing, and all
-    others are the source "rest". Factors that are
-    aliased in the layout, or a factor in which batches are nested, are one factor over their observed combinations, such as "time/batch":
-    what is due to which, no cell tells. ``threshold`` is the share of batch above which a gene is a batch gene. Combinations that were never
-    observed but can be predicted are part of the grid; the notes count them.
+    others are the source "rest". ``threshold`` is the share of batch above which a gene is a batch gene. Factors that are aliased in the
+    layout, or a factor in which batches are nested, are one factor over their observed combinations, such as "time/batch": no cell tells
+    them apart. Combinations that were never observed but can be predicted are part of the grid; the notes count them.
 
     Raises ValueError for a fit of one batch, an interaction of unknown or aliased factors, and numbers out of range.
 
