@@ -341,7 +341,7 @@ def test_the_decomposition_shows_shares_genes_and_batches(fit):
     parts = pb.decompose_batches(fit, n_draws=3, n_states=4, progress=False)
     figure = plots.batch_decomposition(parts, n_genes=4)
     left, middle, right = figure.axes[:3]
-    assert [t.get_text() for t in left.get_yticklabels()][0] == "batch"
+    assert left.get_yticklabels()[0].get_text() == "batch"
     assert len(middle.get_yticklabels()) == 5
     assert right.images[0].get_array().shape == (4, 2)
     widths = np.zeros(5)

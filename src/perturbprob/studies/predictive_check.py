@@ -38,7 +38,8 @@ class PredictiveCheck:
     ``interaction`` asks whether batches act alike on all conditions. It holds the same four over (gene), and with the suffix
     ``_overall`` summed over genes, of the weighted sum of squares Σ n r² that is left of the mean log(1 + count / size factor) of the n
     cells of each condition in each batch (of continuous values, of their mean) beside what is additive in condition and batch;
-    ``total`` and ``total_overall`` are the sums of squares of these means about their own mean, and ``attrs["freedom"]`` counts what condition and batch leave free: with 0 it cannot be asked.
+    ``total`` and ``total_overall`` are the sums of squares of these means about their own mean. ``attrs["freedom"]`` counts
+    what condition and batch leave free: with 0 it cannot be asked.
     """
 
     gene: xr.Dataset
