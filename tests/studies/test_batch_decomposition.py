@@ -216,7 +216,7 @@ def test_shares_are_near_those_of_the_simulation() -> None:
     screen = pb.Screen.from_anndata(
         simulation.adata, media="media", time="time", batch="batch", size_factor=simulation.truth["size_factor"].values
     )
-    fit = pb.fit(pb.node(screen, 4), screen, epochs=40, progress=False)
+    fit = pb.fit(pb.node(screen, 4), screen, epochs=50, minibatch=128, progress=False)
     table = pb.decompose_batches(fit, n_draws=20, n_states=64, interactions=[], progress=False).table
     assert np.allclose(table["overall"], true_shares(simulation), atol=0.03)
     loading = simulation.truth["batch_effect"].values

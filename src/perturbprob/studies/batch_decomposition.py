@@ -173,8 +173,8 @@ def log1p_variance(law: CountLaw) -> Float[Tensor, "*plate gene"]:
     With E e^(−s x) in closed form, E log(1 + x) and E log²(1 + x) are the integrals of w(u) (1 − E e^(−s x)) e^(−s) over u = log s, with
     w = 1 and w = −2 (u + γ), γ Euler's constant: derivatives at a = 0 of ∫ s^(a − 1) (e^(−s) − e^(−s(1 + x))) ds = Γ(a) (1 − (1 + x)^(−a)).
     """
-    wide = [None if value is None else value.double() for value in (law.log_rate, law.dispersion, law.gate)]
-    exact, step = CountLaw(*wide), 0.6  # double: two nearly equal numbers are subtracted
+    wide = [None if value is None else value.double() for value in (law.dispersion, law.gate)]
+    exact, step = CountLaw(law.log_rate.double(), *wide), 0.6  # double: two nearly equal numbers are subtracted
     first, second = torch.zeros_like(exact.log_rate), torch.zeros_like(exact.log_rate)
     for u in torch.arange(-30.0, 4.0, step).tolist():
         part = step * math.exp(-math.exp(u)) * exact._missing_transform(-math.expm1(-math.exp(u)))

@@ -49,7 +49,7 @@ def decompose_means(screen: "Screen", factor: str = "perturbation", batch: str =
     moments = Moments.of(values, rows * len(batches) + columns, len(levels) * len(batches))
     shape = (len(levels), len(batches))
     n = moments.n_cells.reshape(shape)
-    whole = (n > 0).all(axis=1)
+    whole = np.asarray((n > 0).all(axis=1))
     if min(whole.sum(), len(batches)) < 2:
         raise ValueError(
             f"{int(whole.sum())} of {len(levels)} levels of {factor} are seen in all of {len(batches)} {batch}: a two-way split needs at "

@@ -109,8 +109,8 @@ def predictive_check(
         for level, value in groups.levels(total).items():
             running[level].add(value)
     named = {level: running[level].dataset(screen, level) for level in groups.of}
-    total = groups.squares(seen, groups.spread)
-    interaction = running["interaction"].interaction(screen, total, {"freedom": groups.freedom, "advice": _advice(fit)})
+    whole = groups.squares(seen, groups.spread)
+    interaction = running["interaction"].interaction(screen, whole, {"freedom": groups.freedom, "advice": _advice(fit)})
     return PredictiveCheck(gene=named["all"], condition=named["condition"], batch=named["batch"], interaction=interaction, n_draws=n_draws)
 
 

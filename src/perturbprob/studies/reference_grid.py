@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
 
 FACTORS = ("perturbation", "media", "time", "batch")
-Level = tuple[object, ...]
+Level = tuple[Any, ...]
 
 
 @final
@@ -31,7 +31,7 @@ class ReferenceGrid:
     """
 
     levels: dict[str, list[Level]]
-    fixed: dict[str, object]
+    fixed: dict[str, Any]
     seen: frozenset[Level]
 
     @classmethod
