@@ -359,3 +359,18 @@ def test_branches_name_every_state_and_what_is_missing(screen):
     kept = np.array([p.media is None or not p.perturbations for p in screen.conditions])[screen.condition]
     dashed = [line for line in plots.branches(screen[kept]).axes[0].lines if line.get_linestyle() == "--"]
     assert len(dashed) == len(screen.perturbations)
+
+
+def test_the_decomposition_shows_shares_genes_and_batches(fit):
+    parts = pb.decompose_batches(fit, n_draws=3, n_states=4, progress=False)
+    figure = plots.batch_decomposition(parts, n_genes=4)
+    left, middle, right = figure.axes[:3]
+    assert left.get_yticklabels()[0].get_text() == "batch"
+    assert len(middle.get_yticklabels()) == 5
+    assert right.images[0].get_array().shape == (4, 2)
+    widths = np.zeros(5)
+    for container in middle.containers:
+        widths += [bar.get_width() for bar in container]
+    assert (widths > 99).all()
+    with pytest.raises(ValueError, match="n_genes must be at least 1"):
+        plots.batch_decomposition(parts, n_genes=0)

@@ -43,6 +43,8 @@ from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyStat
 from perturbprob.studies import (  # noqa: E402
     baselines,
     batch_error,
+    decompose_batches,
+    decompose_means,
     improve_layout,
     plan_batches,
     predictive_check,
@@ -78,6 +80,8 @@ __all__ = [
     "coherent_draws",
     "counterfactual",
     "datasets",
+    "decompose_batches",
+    "decompose_means",
     "effects",
     "fit",
     "improve_layout",

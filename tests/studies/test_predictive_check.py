@@ -90,3 +90,39 @@ def test_few_replicates_say_nothing_of_tails(fit: pb.Fit, screen: pb.Screen, che
     assert "too few for tail probabilities" in few
     assert "outside the central" not in few
     assert "outside the central" in check.summary()
+
+
+def test_what_is_left_beside_additive_effects_is_that_of_a_regression(screen: pb.Screen, check: PredictiveCheck) -> None:
+    values = np.log1p(screen.counts.toarray() / screen.size_factor[:, None])
+    pairs, code = np.unique(screen.condition * 2 + screen.batch, return_inverse=True)
+    n = np.bincount(code)
+    mean = np.stack([values[code == k].mean(0) for k in range(len(pairs))])
+    design = np.concatenate([np.eye(len(screen.conditions))[pairs // 2], np.eye(2)[pairs % 2]], 1)
+    root = np.sqrt(n)[:, None]
+    left = root * mean - root * design @ np.linalg.lstsq(root * design, root * mean, rcond=None)[0]
+    assert np.allclose(check.interaction["observed"], (left**2).sum(0), rtol=1e-4)
+    assert float(check.interaction["observed_overall"]) == pytest.approx((left**2).sum(), rel=1e-4)
+    assert check.interaction.attrs["freedom"] == len(pairs) - np.linalg.matrix_rank(design)
+    whole = mean - n @ mean / n.sum()
+    assert float(check.interaction["total_overall"]) == pytest.approx((n @ whole**2).sum(), rel=1e-4)
+
+
+def test_batches_that_act_differently_on_conditions_are_called_so(fit: pb.Fit, screen: pb.Screen) -> None:
+    """A batch that turns half of the genes up in one condition alone, by more than sampling does."""
+    counts = screen.counts.toarray()
+    moved = (screen.condition % 2 == 0) & (screen.batch == 0)
+    counts[np.ix_(moved, range(5))] = 4 * counts[np.ix_(moved, range(5))] + 1
+    bad = pb.predictive_check(fit, replace(screen, counts=csr_array(counts)), n_draws=20, progress=False)
+    assert "batches act differently on conditions" in bad.summary()
+    assert "fit with batch_effect='state'" in bad.summary()
+    state = pb.fit(pb.node(screen, 2, batch_effect="state"), screen, epochs=1, progress=False)
+    again = pb.predictive_check(state, replace(screen, counts=csr_array(counts)), n_draws=20, progress=False)
+    assert "depend on the state already" in again.summary()
+
+
+def test_where_no_condition_is_in_two_batches_it_is_not_asked(screen: pb.Screen) -> None:
+    part = screen[screen.batch == np.array([p.time == 2 for p in screen.conditions])[screen.condition]]
+    aliased = pb.fit(pb.node(part, 1), part, epochs=1, progress=False)
+    check = pb.predictive_check(aliased, part, n_draws=20, progress=False)
+    assert check.interaction.attrs["freedom"] == 0
+    assert "too few conditions are seen in several batches" in check.summary()

@@ -63,6 +63,14 @@ class DepthLaw:
         """Return equally likely log size factors of a condition in a batch."""
         return torch.tensor(self.residual) + self.mean(protocol, batch)
 
+    def median(self) -> float:
+        """Return the median log size factor of all cells, by the law."""
+        means, cells = np.array(list(self.means.values())).T
+        value = np.add.outer(means, self.residual).ravel()
+        order = np.argsort(value)
+        passed = np.cumsum(np.repeat(cells, len(self.residual))[order])
+        return float(value[order][np.searchsorted(passed, passed[-1] / 2)])
+
 
 def _key(protocol: Protocol, batch: str) -> str:
     """Name a condition in a batch."""

@@ -83,15 +83,17 @@ class Fit:
 
         save(self, path)
 
-    def to_anndata(self, adata: "AnnData") -> "AnnData":
+    def to_anndata(self, adata: "AnnData", *, corrected: bool = False) -> "AnnData":
         """Return a copy of an AnnData with each cell's latent state in obsm: ``X_perturbprob`` now, ``X_perturbprob_rest`` at rest.
 
         Reads the AnnData by the columns that the training screen was read by; its cells may be new, controls among them.
-        Nothing is written into it.
+        Nothing is written into it. With ``corrected`` the layer ``perturbprob_corrected`` holds what each cell would be expected to show
+        at the average over batches: E[log(1 + count)] at η = 0 and size factor 1, its state from q(z₀ | x) and its protocol its own; NaN
+        in genes that the fit does not know. Where a factor is aliased with batch an `AliasedWarning` says what is lost.
         """
         from perturbprob.inference.latent import to_anndata
 
-        return to_anndata(self, adata)
+        return to_anndata(self, adata, corrected=corrected)
 
 
 class NonFiniteLoss(RuntimeError):

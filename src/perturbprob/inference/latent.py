@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from perturbprob.experiment.screen import Screen, ScreenWarning
-from perturbprob.inference.draws import centre
+from perturbprob.inference.draws import centre, warn_if_large
+from perturbprob.inference.predict import AliasedWarning, interpolated_log1p
 from perturbprob.model.cells import CellTable
 
 if TYPE_CHECKING:
@@ -28,8 +29,57 @@ def latent(fit: "Fit", screen: "Screen", *, minibatch: int = 1024) -> dict[str, 
     return {"rest": np.concatenate(rest), "state": np.concatenate(state)}
 
 
-def to_anndata(fit: "Fit", adata: "AnnData") -> "AnnData":
+@torch.no_grad()
+def corrected(fit: "Fit", screen: Screen, *, minibatch: int = 1024) -> np.ndarray:
+    """Return what each cell would be expected to show at the average over batches, E[log(1 + x)] at η = 0, (cell, gene) in float32.
+
+    The cell's rest state is that of q(z₀ | x) in its own batch, its protocol its own, all at the centre of their laws, and the size factor
+    is 1 for every cell. Of continuous values, the expected values themselves.
+    """
+    warn_if_large(screen.n_cells * screen.n_genes, "corrected expectations", "Ask for fewer cells or genes.")
+    own, other = CellTable(fit.model, screen), CellTable(fit.model, screen, batch=-1)
+    sites, found = other.sites(centre(fit.model, fit.guide)), []
+    for seen, cells in zip(own.minibatches(minibatch), other.minibatches(minibatch), strict=True):
+        state = fit.model.moved(sites, fit.guide.rest(seen).mean, cells.protocol)
+        location = fit.model.log_shares(sites, state, cells.rows)
+        if fit.model.start is None:
+            location = interpolated_log1p(fit.model.law(sites, location + fit.model.log_depth))
+        found.append(location.cpu().numpy())
+    return np.concatenate(found)
+
+
+def to_anndata(fit: "Fit", adata: "AnnData", *, corrected: bool = False) -> "AnnData":
     """Return a copy of an AnnData with the latent state of each cell; see `Fit.to_anndata`."""
+    part = _read(fit, adata)
+    states, result = latent(fit, part), adata.copy()
+    result.obsm["X_perturbprob"], result.obsm["X_perturbprob_rest"] = states["state"], states["rest"]
+    if corrected:
+        _say_aliased(fit)
+        result.layers["perturbprob_corrected"] = _layer(fit, adata, part)
+    return result
+
+
+def _layer(fit: "Fit", adata: "AnnData", part: Screen) -> np.ndarray:
+    """Return corrected expectations in the genes of an AnnData, NaN in those that the fit does not know."""
+    layer = np.full(adata.shape, np.nan, np.float32)
+    layer[:, adata.var_names.get_indexer(list(fit.model.vocabulary.genes))] = corrected(fit, part)
+    return layer
+
+
+def _say_aliased(fit: "Fit") -> None:
+    """Say that what is taken away with the batches may be what an aliased factor does."""
+    others = sorted({name for pair in fit.trained_on["confounded"] if "batch" in pair for name in pair if name != "batch"})
+    if others:
+        warnings.warn(
+            f"{' and '.join([', '.join(others), 'batch'])} are aliased in this screen: what all cells of one {others[0]} share may have "
+            "been taken away with its batch effect. Do not compare corrected expectations between them.",
+            AliasedWarning,
+            stacklevel=4,
+        )
+
+
+def _read(fit: "Fit", adata: "AnnData") -> Screen:
+    """Read an AnnData by the columns and genes of a fit."""
     columns = fit.trained_on["columns"]
     if not columns:
         raise ValueError(
@@ -41,7 +91,4 @@ def to_anndata(fit: "Fit", adata: "AnnData") -> "AnnData":
     part = adata[:, list(fit.model.vocabulary.genes)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScreenWarning)
-        states = latent(fit, Screen.from_anndata(part, **columns))
-    result = adata.copy()
-    result.obsm["X_perturbprob"], result.obsm["X_perturbprob_rest"] = states["state"], states["rest"]
-    return result
+        return Screen.from_anndata(part, **columns)

@@ -1,8 +1,10 @@
 """Questions asked of a screen or a fit; they return data."""
 
 from perturbprob.studies import baselines
+from perturbprob.studies.batch_decomposition import decompose_batches
 from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
+from perturbprob.studies.mean_decomposition import decompose_means
 from perturbprob.studies.predictive_check import predictive_check
 from perturbprob.studies.proof_of_principle import proof_of_principle
 from perturbprob.studies.sensitivity import sensitivity
@@ -11,6 +13,8 @@ from perturbprob.studies.steady_state import steady_states
 __all__ = [
     "baselines",
     "batch_error",
+    "decompose_batches",
+    "decompose_means",
     "improve_layout",
     "plan_batches",
     "predictive_check",
