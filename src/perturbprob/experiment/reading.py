@@ -257,8 +257,18 @@ def order(protocol: Protocol) -> tuple[bool, str, str, float, str]:
     return bool(protocol.perturbations), protocol.perturbation, protocol.media or "", protocol.time, repr(protocol)
 
 
-def read_size_factor(adata: AnnData, size_factor: str | ArrayLike | None, depth: np.ndarray) -> np.ndarray:
-    """Read the size factor of every cell from a column or an array; by default its depth over the median depth."""
+def read_size_factor(
+    adata: AnnData, size_factor: str | ArrayLike | None, depth: np.ndarray, present: np.ndarray | None = None
+) -> np.ndarray:
+    """Read the size factor of every cell from a column or an array; by default its depth over the median depth.
+
+    Cells that are not ``present``, whose counts were not measured, have 1.
+    """
+    if present is not None:
+        factor = np.ones(len(depth))
+        given = np.asarray(size_factor)[present] if not isinstance(size_factor, str | None) else size_factor
+        factor[present] = read_size_factor(adata[present], given, depth[present])
+        return factor
     values = read_column(adata.obs, "size_factor", size_factor) if isinstance(size_factor, str) else size_factor
     if values is None:
         return depth / np.median(depth)
