@@ -100,7 +100,7 @@ class Assay:
     @property
     def level(self) -> Float64[np.ndarray, " feature"]:
         """The expected count of each feature in a cell of size factor 1; of open or closed windows, the rate behind them."""
-        total = np.asarray(self.counts.sum(axis=0, dtype=np.float64)).ravel() + 0.5
+        total = np.asarray(self.counts[self.present].sum(axis=0, dtype=np.float64)).ravel() + 0.5
         cells = self.size_factor[self.present].sum()
         return -np.log1p(-total / (self.present.sum() + 1)) if self.binary else total / cells
 

@@ -43,6 +43,7 @@ def groups(screen: "Screen") -> dict[tuple[str, str | None], Group]:
     is not known is left out; but a control of which none is known counts as exact. The variance of few cells is shrunken towards that
     of all groups, which counts for 20 cells: a gene with zeros in every cell of a small group is not known exactly.
     """
+    screen = screen.with_rna
     keys = [(p.perturbation, p.media) for p in screen.conditions]
     names = list(dict.fromkeys(keys))
     group = np.array([names.index(key) for key in keys])[screen.condition]

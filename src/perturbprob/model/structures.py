@@ -114,7 +114,7 @@ def _facts(screen: Screen) -> dict[str, Any]:
     facts["levels"] = {name: torch.as_tensor(assay.level, dtype=torch.float32) for name, assay in screen.assays.items()}
     if screen.values == "continuous":
         return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
-    totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
+    totals = np.asarray(screen.with_rna.counts.sum(0)).ravel() + 0.5
     facts["nodes"] = sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)})
     return facts | {"log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32)}
 

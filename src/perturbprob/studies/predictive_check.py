@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.draws import check_draws, global_draws, seeded, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
 
@@ -74,6 +75,7 @@ def predictive_check(
     cells, are compared over all cells, per condition and per batch.
     """
     check_draws(n_draws)
+    require_screen(screen)
     table, groups = CellTable(fit.model, screen), _Groups(screen)
     statistics = 24 * groups.n_pairs * screen.n_genes  # twelve of them, in double precision
     warn_if_large(statistics, f"statistics of {groups.n_pairs} condition-batch pairs", "Check fewer genes.")
