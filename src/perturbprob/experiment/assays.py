@@ -76,18 +76,20 @@ class Assay:
         name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
         if obsm is not None:
             adata, name, layer = _from_obsm(adata, obsm, features), f"adata.obsm[{obsm!r}]", None
-        _check_features(adata, name)
+        _check_features(adata.var_names, name)
         check_names(adata)
         mask = np.ones(adata.n_obs, bool) if present is None else np.asarray(present, bool)
         if mask.shape != (adata.n_obs,) or not mask.any():
             raise ValueError(f"present= needs one value for each of the {adata.n_obs:,} cells, True in at least one; got {mask.shape}.")
         counts = read_counts(adata, layer, mask, name=name, what="feature")
+        counts = csr_array(counts.multiply(mask[:, None]))
+        counts.eliminate_zeros()
         if binary:
             counts.data[:] = 1.0
         alone = size_factor is None and adata.n_vars == 1
         depth = counts.sum(axis=1, dtype=np.float64)
         return cls(
-            counts=counts.multiply(mask[:, None]).tocsr().astype(np.float32),
+            counts=counts.astype(np.float32),
             cells=text(adata.obs_names),
             features=tuple(map(str, adata.var_names)),
             kind=kind,
@@ -135,15 +137,17 @@ def _from_obsm(adata: AnnData, key: str, features: ArrayLike | None) -> AnnData:
     names = [f"{key}{k + 1}" for k in range(values.shape[1])] if features is None else np.asarray(features).astype(str)
     if len(names) != values.shape[1]:
         raise ValueError(f"features= names {len(names)} columns; adata.obsm[{key!r}] has {values.shape[1]}.")
-    return AnnData(values, obs=adata.obs.copy(), var=pd.DataFrame(index=pd.Index(names, dtype=object)))
+    index = pd.Index(names, dtype=object)
+    _check_features(index, f"adata.obsm[{key!r}]")  # before anndata warns of them
+    return AnnData(values, obs=adata.obs.copy(), var=pd.DataFrame(index=index))
 
 
-def _check_features(adata: AnnData, name: str) -> None:
+def _check_features(names: pd.Index, name: str) -> None:
     """Refuse an assay that has no feature, or two of one name."""
-    if not adata.n_vars:
+    if not len(names):
         raise ValueError(f"{name} has no feature (column): there is nothing to learn from this assay. Leave it out.")
-    if not adata.var_names.is_unique:
-        twice = some(adata.var_names[adata.var_names.duplicated()].unique(), "feature")
+    if not names.is_unique:
+        twice = some(names[names.duplicated()].unique(), "feature")
         raise ValueError(f"The features of {name} must have different names; {twice} occur more than once.")
 
 

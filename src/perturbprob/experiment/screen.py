@@ -170,7 +170,8 @@ class Screen:
         >>> import mudata
         >>> obs = pd.DataFrame({"gene": ["NT", "KLF1", "KLF1"]}, index=["a", "b", "c"])
         >>> rna = AnnData(np.array([[3, 1], [0, 2], [5, 1]]), obs=obs, var=pd.DataFrame(index=["KLF1", "CD4"]))
-        >>> surface = AnnData(np.array([[9.0], [4.0]]), obs=pd.DataFrame(index=["b", "c"]), var=pd.DataFrame(index=["CD4"]))
+        >>> names = pd.DataFrame({"gene": ["CD4"]}, index=["anti-CD4"])
+        >>> surface = AnnData(np.array([[9.0], [4.0]]), obs=pd.DataFrame(index=["b", "c"]), var=names)
         >>> with mudata.set_options(pull_on_update=False):
         ...     mdata = mudata.MuData({"rna": rna, "adt": surface})
         >>> screen = Screen.from_mudata(mdata, protein="adt", missing="mask", perturbation="gene", perturbation_type="knockout")
