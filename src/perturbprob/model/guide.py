@@ -128,7 +128,9 @@ class Guide(PyroModule):
             mean, theta = _moments(screen)
             self.dispersion_loc.copy_(OVERDISPERSION.inv(theta))
             width = (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).rsqrt()  # of log θ
-            self.dispersion_log_scale.copy_((width / (theta * -torch.expm1(-20 / theta))).log())
+            width = width / (theta * -torch.expm1(-20 / theta))
+            # of genes with hardly a count it is so wide that a draw of u falls below -4, where 1/θ is 0 in float32: six widths stay above
+            self.dispersion_log_scale.copy_(width.minimum((self.dispersion_loc + 4) / 6).log())
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())
 
