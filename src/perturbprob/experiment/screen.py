@@ -194,7 +194,7 @@ class Screen:
         >>> screen.with_assays({"protein": Assay.from_anndata(adata, kind="protein", obsm="surface", features=["CD71"])}).assays
         {'protein': Assay(protein: 1 feature, 0 of a gene, in 2 of 2 cells)}
         """
-        return replace(self, assays=aligned(self, assays, missing), columns={})
+        return replace(self, assays=aligned(self, assays, missing), columns={} if assays else self.columns)
 
     @classmethod
     def _of(cls, fields: dict[str, Any]) -> Self:
@@ -271,7 +271,7 @@ class Screen:
 
         Conditions and batches that no longer occur are dropped; size factors stay as they are.
         """
-        index = self._index(cells)
+        index = reading.places(cells, self.cells)
         if not len(index):
             raise ValueError("No cell is left: a screen needs at least one.")
         conditions, condition = np.unique(self.condition[index], return_inverse=True)
@@ -375,27 +375,6 @@ class Screen:
     def _media_name(self, media: str | None) -> str:
         """Return the name of a media, None being the baseline."""
         return media if media is not None else self.baseline or "baseline"
-
-    def _index(self, cells: slice | ArrayLike) -> np.ndarray:
-        """Return the indices that a mask, indices, a slice or names mean."""
-        if isinstance(cells, slice):
-            return np.arange(self.n_cells)[cells]
-        chosen = np.atleast_1d(np.asarray(cells))
-        if chosen.dtype.kind in "OUT":
-            return self._index_of(chosen)
-        if chosen.dtype.kind not in "biu" and chosen.size:
-            raise TypeError(f"Choose cells by a mask, indices, a slice or names; got values of type {chosen.dtype}.")
-        if chosen.dtype.kind == "b" and chosen.shape != (self.n_cells,):
-            raise ValueError(f"The mask has shape {chosen.shape}; it needs one value for each of the {self.n_cells:,} cells.")
-        return np.arange(self.n_cells)[chosen if chosen.size else []]
-
-    def _index_of(self, names: np.ndarray) -> np.ndarray:
-        """Return the indices of cells by name."""
-        index = pd.Index(self.cells).get_indexer(names)
-        if (index < 0).any():
-            wrong = names[index < 0]
-            raise ValueError(f"{reading.some(wrong, 'name')} of no cell of this screen. {nearest(str(wrong[0]), self.cells)}")
-        return index
 
 
 def require_screen(screen: object, *, partial: bool = False) -> None:
