@@ -17,6 +17,7 @@ pyro.settings.set(module_local_params=True)
 
 from perturbprob.experiment import datasets, split  # noqa: E402
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait  # noqa: E402
+from perturbprob.experiment.assays import Assay  # noqa: E402
 from perturbprob.experiment.screen import Screen, ScreenWarning  # noqa: E402
 from perturbprob.experiment.simulate import simulate  # noqa: E402
 from perturbprob.inference import (  # noqa: E402
@@ -35,6 +36,7 @@ from perturbprob.inference import (  # noqa: E402
     log_density,
     posterior,
     predict,
+    predict_assay,
     prior,
     projected,
     translate,
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation",
     "AliasedWarning",
+    "Assay",
     "CellModel",
     "Fit",
     "IllConditioned",
@@ -93,6 +96,7 @@ __all__ = [
     "plots",
     "posterior",
     "predict",
+    "predict_assay",
     "predictive_check",
     "prior",
     "projected",

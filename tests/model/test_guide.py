@@ -8,11 +8,13 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from scipy import stats
+from scipy.sparse import csr_matrix
 
+from perturbprob.experiment.screen import Screen
 from perturbprob.experiment.simulate import simulate
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import nodes
-from perturbprob.model.guide import Guide, node_design
+from perturbprob.model.guide import OVERDISPERSION, Guide, node_design
 from perturbprob.model.structures import CONTINUOUS, HEADS, node
 
 N_CELLS, N_GENES = 60, 7
@@ -245,3 +247,16 @@ def test_log_density_of_the_globals_is_that_of_the_described_law(screen):
     assert float(site["log_prob_sum"]) == pytest.approx(sum(stats.multivariate_normal.logpdf(*part) for part in parts), rel=1e-4)
     for name in ("gene_bias", "batch_coordinate"):
         assert float(trace.nodes[name]["log_prob_sum"]) == 0.0
+
+
+def test_dispersions_of_genes_with_hardly_a_count_start_where_no_draw_overflows():
+    adata = simulate(n_cells=100, n_genes=40, n_perturbations=2, times=(1.0,), n_batches=2, seed=0).adata
+    rare = np.arange(40) > 5
+    adata.X = csr_matrix(adata.X.toarray() * ~rare + (np.arange(100)[:, None] % 50 == np.arange(40) % 50) * rare * 3)
+    screen = Screen.from_anndata(adata, batch="batch")
+    model = node(screen, 2, n_hidden=8)
+    guide = Guide(model, node_design(model, screen))
+    guide.start(model, screen)
+    assert (guide.dispersion_loc - 6 * guide.dispersion_log_scale.exp() > -4.001).all()
+    assert (guide.dispersion_loc - 6.1 * guide.dispersion_log_scale.exp() < -4).any()
+    assert torch.isfinite(OVERDISPERSION(torch.tensor([-4.0, 300.0]))).all()

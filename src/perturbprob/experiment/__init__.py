@@ -2,11 +2,13 @@
 
 from perturbprob.experiment import datasets, plate, split
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait
+from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.layout import Layout
 from perturbprob.experiment.screen import Screen, ScreenWarning
 
 __all__ = [
     "Activation",
+    "Assay",
     "Interference",
     "Knockout",
     "Layout",

@@ -60,6 +60,8 @@ def _check(screens: Mapping[str, "Screen"]) -> None:
         raise TypeError(f"Screen.concat joins named screens, as in {{'lab1': screen1, 'lab2': screen2}}; got {type(screens).__name__}.")
     for name, screen in screens.items():
         require_screen(screen)
+        if screen.assays:
+            raise ValueError(f"Screen.concat joins RNA, and {name!r} has other assays: leave them out with screen.with_assays({{}}).")
         if not isinstance(name, str) or not name:
             raise ValueError(f"Name each screen by a text, which its batches are named after; got {name!r}.")
     if len(screens) < 2:

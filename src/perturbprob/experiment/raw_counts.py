@@ -14,24 +14,25 @@ Matrix: TypeAlias = Any  # numpy, scipy.sparse, and what anndata has for backed 
 _LARGEST = 2**24  # beyond, float32 skips integers
 
 
-def read_counts(adata: AnnData, layer: str | None) -> csr_array:
+def read_counts(adata: AnnData, layer: str | None, present: np.ndarray | None = None, *, name: str = "", what: str = "gene") -> csr_array:
     """Return the raw counts (cell, gene) of X or a layer as a new float32 matrix in canonical CSR form.
 
     Sparse, dense and backed matrices of any integer or float type are read. Raises ValueError for values that are not
-    counts (NaN, infinite, negative, non-integer, above 2²⁴) and for cells without any count.
+    counts (NaN, infinite, negative, non-integer, above 2²⁴) and for cells without any count, but for those that are not ``present``.
+    Errors call the matrix ``name`` and a column ``what``.
     """
-    name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    name = name or ("adata.X" if layer is None else f"adata.layers[{layer!r}]")
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"layer={layer!r} is not a layer of adata. {nearest(layer, adata.layers)}")
     values = adata.X if layer is None else adata.layers[layer]
     if values is None:
         raise ValueError(f"adata.X is empty. Pass layer= with the layer that holds raw counts. {nearest('counts', adata.layers)}")
     matrix = _to_csr(values, name)
-    _check(adata, matrix, name)
+    _check(adata, matrix, name, what)
     counts = matrix.astype(np.float32)  # a copy: what becomes of the user's matrix later is no matter
     counts.eliminate_zeros()
     counts.sort_indices()
-    empty = np.diff(counts.indptr) == 0
+    empty = (np.diff(counts.indptr) == 0) & (True if present is None else present)
     if empty.any():
         keep = f"adata = adata[np.asarray({name}.sum(axis=1)).ravel() > 0]"
         raise ValueError(f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}.")
@@ -58,24 +59,26 @@ def _to_csr(values: Matrix, name: str) -> csr_array:
     return matrix
 
 
-def _check(adata: AnnData, matrix: csr_array, name: str) -> None:
+def _check(adata: AnnData, matrix: csr_array, name: str, what: str) -> None:
     """Refuse values that are not raw counts."""
     data = matrix.data
     if data.dtype.kind == "f":
-        for wrong, what in ((np.isnan(data), "NaN"), (np.isinf(data), "infinite")):
+        for wrong, found in ((np.isnan(data), "NaN"), (np.isinf(data), "infinite")):
             if wrong.any():
-                raise ValueError(f"{name} holds {wrong.sum():,} {what} counts, first in {_where(adata, matrix, wrong)}. {_REPLACE[what]}")
+                place = _where(adata, matrix, wrong, what)
+                raise ValueError(f"{name} holds {wrong.sum():,} {found} counts, first in {place}. {_REPLACE[found]}")
         fractions = data != np.rint(data)
         if fractions.any():
             raise ValueError(_not_counts(adata, data, fractions, name))
     if (data < 0).any():
         overflow = f" Type {data.dtype} ends at {np.iinfo(data.dtype).max:,}: did larger counts overflow?" if data.dtype.kind == "i" else ""
+        place = _where(adata, matrix, data < 0, what)
         raise ValueError(
-            f"{name} holds {(data < 0).sum():,} negative counts such as {data[data < 0][0]:g}, first in {_where(adata, matrix, data < 0)}."
+            f"{name} holds {(data < 0).sum():,} negative counts such as {data[data < 0][0]:g}, first in {place}."
             f"{overflow} Screen needs raw counts: {_remedy(adata)}."
         )
     if (data > _LARGEST).any():
-        place = _where(adata, matrix, data > _LARGEST)
+        place = _where(adata, matrix, data > _LARGEST, what)
         raise ValueError(
             f"{name} holds a count of {data.max():,.0f}, in {place}. Above 2**24 = {_LARGEST:,} single precision skips integers, and "
             "no cell has that many molecules of a gene: is this matrix raw counts, or is this an overflow of an unsigned type?"
@@ -88,11 +91,11 @@ _REPLACE = {
 }
 
 
-def _where(adata: AnnData, matrix: csr_array, wrong: np.ndarray) -> str:
-    """Name the cell and gene of the first wrong entry."""
+def _where(adata: AnnData, matrix: csr_array, wrong: np.ndarray, what: str) -> str:
+    """Name the cell and gene (or other feature) of the first wrong entry."""
     entry = int(wrong.argmax())
     cell = int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
-    return f"cell {adata.obs_names[cell]!r}, gene {adata.var_names[matrix.indices[entry]]!r}"
+    return f"cell {adata.obs_names[cell]!r}, {what} {adata.var_names[matrix.indices[entry]]!r}"
 
 
 def _not_counts(adata: AnnData, data: np.ndarray, fractions: np.ndarray, name: str) -> str:

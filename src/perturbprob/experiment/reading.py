@@ -257,8 +257,18 @@ def order(protocol: Protocol) -> tuple[bool, str, str, float, str]:
     return bool(protocol.perturbations), protocol.perturbation, protocol.media or "", protocol.time, repr(protocol)
 
 
-def read_size_factor(adata: AnnData, size_factor: str | ArrayLike | None, depth: np.ndarray) -> np.ndarray:
-    """Read the size factor of every cell from a column or an array; by default its depth over the median depth."""
+def read_size_factor(
+    adata: AnnData, size_factor: str | ArrayLike | None, depth: np.ndarray, present: np.ndarray | None = None
+) -> np.ndarray:
+    """Read the size factor of every cell from a column or an array; by default its depth over the median depth.
+
+    Cells that are not ``present``, whose counts were not measured, have 1.
+    """
+    if present is not None:
+        factor = np.ones(len(depth))
+        given = np.asarray(size_factor)[present] if not isinstance(size_factor, str | None) else size_factor
+        factor[present] = read_size_factor(adata[present], given, depth[present])
+        return factor
     values = read_column(adata.obs, "size_factor", size_factor) if isinstance(size_factor, str) else size_factor
     if values is None:
         return depth / np.median(depth)
@@ -272,3 +282,26 @@ def read_size_factor(adata: AnnData, size_factor: str | ArrayLike | None, depth:
         example = f"{some(adata.obs_names[wrong], 'cell')} with another, such as {factor[wrong][0]:g}"
         raise ValueError(f"size_factor must be positive and finite: {example}. Leave it out for the default, depth over median depth.")
     return factor
+
+
+def places(chosen: slice | ArrayLike, cells: np.ndarray) -> np.ndarray:
+    """Return the indices of cells that a mask, indices, a slice or names mean."""
+    if isinstance(chosen, slice):
+        return np.arange(len(cells))[chosen]
+    wanted = np.atleast_1d(np.asarray(chosen))
+    if wanted.dtype.kind in "OUT":
+        return _places_of(wanted, cells)
+    if wanted.dtype.kind not in "biu" and wanted.size:
+        raise TypeError(f"Choose cells by a mask, indices, a slice or names; got values of type {wanted.dtype}.")
+    if wanted.dtype.kind == "b" and wanted.shape != (len(cells),):
+        raise ValueError(f"The mask has shape {wanted.shape}; it needs one value for each of the {len(cells):,} cells.")
+    return np.arange(len(cells))[wanted if wanted.size else []]
+
+
+def _places_of(names: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Return the indices of cells by name."""
+    index = pd.Index(cells).get_indexer(names)
+    if (index < 0).any():
+        wrong = names[index < 0]
+        raise ValueError(f"{some(wrong, 'name')} of no cell of this screen. {nearest(str(wrong[0]), cells)}")
+    return index

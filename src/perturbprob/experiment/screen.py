@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Self, final
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from jaxtyping import Float32, Float64, Int64, Shaped
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from perturbprob.experiment import reading
 from perturbprob.experiment.action import Protocol
-from perturbprob.experiment.continuous import read_cells_behind, read_standard_errors, read_values
+from perturbprob.experiment.assays import Assay, aligned, arguments_of, read_mudata
+from perturbprob.experiment.fields import read_fields, text
 from perturbprob.experiment.joining import concat
 from perturbprob.experiment.pseudobulk import pseudobulk
-from perturbprob.experiment.raw_counts import read_counts
 from perturbprob.experiment.remarks import remarks
 from perturbprob.experiment.vocabulary import nearest
 
@@ -52,6 +52,8 @@ class Screen:
       (cell, gene), NaN where it is not known, or None. Size factors are then 1.
     - ``screen_of_batch``: of a joint screen (`concat`), the name of the screen that each batch comes from; otherwise empty.
     - ``cells_behind``: how many cells each row of continuous values is the mean of, NaN for control where it is not known; or None.
+    - ``assays``: what else was measured in these cells, by name (`Assay`); ``present``: whether a cell's RNA was measured at all, where it
+      was not its counts are empty; None: in every cell.
     - ``columns``: the arguments of `from_anndata` that read this screen, so that a fit can read more cells the same way; empty where
       size factors were an array, and for a joint screen.
 
@@ -87,11 +89,14 @@ class Screen:
     cells_behind: Float64[np.ndarray, " cell"] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     screen_of_batch: tuple[str, ...] = ()
+    present: Bool[np.ndarray, " cell"] | None = None
+    assays: dict[str, Assay] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Work out the depth at size factor 1 where it is not given; a part of a screen keeps that of the whole."""
         if not self.depth:
-            object.__setattr__(self, "depth", float(self.counts.sum(dtype=np.float64) / self.size_factor.sum()))
+            factor = self.size_factor if self.present is None else self.size_factor[self.present]
+            object.__setattr__(self, "depth", float(self.counts.sum(dtype=np.float64) / factor.sum()))
 
     @classmethod
     def from_anndata(
@@ -141,40 +146,62 @@ class Screen:
         (Activation('CEBPA') >> Activation('KLF1') >> Wait(1), Activation('KLF1') >> Wait(1))
         """
         columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
-        _check_values(values, standard_error, cells_behind, size_factor)
-        reading.check_names(adata)
-        obs, words = adata.obs, reading.control_words(control)
-        counts = read_counts(adata, layer) if values == "counts" else read_values(adata, layer)
-        perturbed = reading.read_perturbations(obs, perturbation, control=words, kind=perturbation_type, nontargeting=nontargeting)
-        placed, baseline = reading.read_media(obs, media, baseline)
-        waited, time_unit = reading.read_times(obs, time, time_unit)
-        conditions, condition = reading.combine(perturbed, placed, waited)
-        column = reading.read_column(obs, "batch", batch)
-        batches = reading.Levels.constant(adata.n_obs, "batch") if column is None else reading.Levels.of(column)
-        spacers = reading.read_column(obs, "sgrna", sgrna)
-        screen = cls(
-            counts=counts,
-            genes=tuple(map(str, adata.var_names)),
-            cells=_text(adata.obs_names),
-            conditions=conditions,
-            condition=condition,
-            batches=tuple(batches.values),
-            batch=batches.codes,
-            size_factor=np.ones(adata.n_obs)
-            if values == "continuous"
-            else reading.read_size_factor(adata, size_factor, counts.sum(axis=1, dtype=np.float64)),
-            depth=float(values == "continuous"),
-            values=values,
-            standard_error=read_standard_errors(adata, standard_error),
-            cells_behind=read_cells_behind(adata, cells_behind, np.array([bool(p.perturbations) for p in conditions])[condition]),
-            control=next(iter(words), "control"),
-            baseline=baseline,
-            time_unit=time_unit,
-            sgrna=None if spacers is None else _text(spacers),
-            columns={} if size_factor is not None and not isinstance(size_factor, str) else columns | {"control": list(words)},
-        )
+        return cls._of(read_fields(adata, columns))
+
+    @classmethod
+    def from_mudata(
+        cls,
+        mdata: Any,
+        *,
+        rna: str = "rna",
+        protein: str | None = None,
+        atac: str | None = None,
+        binary: bool = False,
+        missing: str = "error",
+        **columns: Any,
+    ) -> Self:
+        """Read a screen of several assays from a MuData; ``rna``, ``protein`` and ``atac`` name its modalities (eq 10).
+
+        ``columns`` are the arguments of `from_anndata`; their columns are looked for in ``mdata.obs``, then in each modality's obs. The
+        assays are called "protein" and "atac" in the screen; ``binary`` reads chromatin windows as open or closed. See
+        `Assay.from_anndata` for what a feature's gene is. Cells are matched by name. Those that one assay lacks are refused, or, with
+        ``missing="mask"``, kept and left out of what that assay tells; they are never imputed.
+
+        >>> import mudata
+        >>> obs = pd.DataFrame({"gene": ["NT", "KLF1", "KLF1"]}, index=["a", "b", "c"])
+        >>> rna = AnnData(np.array([[3, 1], [0, 2], [5, 1]]), obs=obs, var=pd.DataFrame(index=["KLF1", "CD4"]))
+        >>> names = pd.DataFrame({"gene": ["CD4"]}, index=["anti-CD4"])
+        >>> surface = AnnData(np.array([[9.0], [4.0]]), obs=pd.DataFrame(index=["b", "c"]), var=names)
+        >>> with mudata.set_options(pull_on_update=False):
+        ...     mdata = mudata.MuData({"rna": rna, "adt": surface})
+        >>> screen = Screen.from_mudata(mdata, protein="adt", missing="mask", perturbation="gene", perturbation_type="knockout")
+        >>> screen.assays["protein"]
+        Assay(protein: 1 feature, 1 of a gene, in 2 of 3 cells)
+        """
+        joint, present, assays = read_mudata(mdata, {"rna": rna, "protein": protein, "atac": atac}, columns, missing, binary=binary)
+        screen = cls._of(read_fields(joint, arguments_of(cls.from_anndata, columns) | {"layer": None}, present))
+        return replace(screen.with_assays(assays, missing=missing), columns={})
+
+    def with_assays(self, assays: Mapping[str, Assay], *, missing: str = "error") -> Self:
+        """Return this screen with other assays of the same cells, matched by name, instead of those it has; none with ``{}``.
+
+        ``missing="mask"`` keeps cells that an assay lacks, and masks them there. Raises ValueError for cells of which the screen does not
+        know what was done to them, and for cells that are left without any assay.
+
+        >>> adata = AnnData(np.array([[3, 1], [2, 2]]), obs={"gene": ["NT", "KLF1"]}, obsm={"surface": np.array([[7], [2]])})
+        >>> adata.var_names = ["KLF1", "CEBPA"]
+        >>> screen = Screen.from_anndata(adata, perturbation="gene", perturbation_type="CRISPRi")
+        >>> screen.with_assays({"protein": Assay.from_anndata(adata, kind="protein", obsm="surface", features=["CD71"])}).assays
+        {'protein': Assay(protein: 1 feature, 0 of a gene, in 2 of 2 cells)}
+        """
+        return replace(self, assays=aligned(self, assays, missing), columns={} if assays else self.columns)
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any]) -> Self:
+        """Make a screen of fields that were read, and say what its owner should know."""
+        screen = cls(**fields)
         for remark in remarks(screen):
-            warnings.warn(remark, ScreenWarning, stacklevel=2)
+            warnings.warn(remark, ScreenWarning, stacklevel=3)
         return screen
 
     @classmethod
@@ -213,6 +240,11 @@ class Screen:
         return len(self.genes)
 
     @cached_property
+    def with_rna(self) -> Self:
+        """The cells whose RNA was measured."""
+        return self if self.present is None else self[self.present]
+
+    @cached_property
     def perturbations(self) -> tuple[str, ...]:
         """Names of the perturbations, without control, sorted."""
         return tuple(sorted({p.perturbation for p in self.conditions if p.perturbations}))
@@ -239,7 +271,7 @@ class Screen:
 
         Conditions and batches that no longer occur are dropped; size factors stay as they are.
         """
-        index = self._index(cells)
+        index = reading.places(cells, self.cells)
         if not len(index):
             raise ValueError("No cell is left: a screen needs at least one.")
         conditions, condition = np.unique(self.condition[index], return_inverse=True)
@@ -257,6 +289,8 @@ class Screen:
             sgrna=None if self.sgrna is None else self.sgrna[index],
             standard_error=None if self.standard_error is None else self.standard_error[index],
             cells_behind=None if self.cells_behind is None else self.cells_behind[index],
+            present=None if self.present is None or self.present[index].all() else self.present[index],
+            assays={name: assay[index] for name, assay in self.assays.items()},
         )
 
     def cells_of(self, condition: Protocol | str) -> Int64[np.ndarray, " chosen"]:
@@ -302,13 +336,14 @@ class Screen:
             standard_error=error,
             cells_behind=np.concatenate([part["n_cells"].values for _, part in parts]).astype(np.float64),
             values="continuous",
-            cells=_text(names),
+            cells=text(names),
             condition=np.array([number[c] for _, part in parts for c in part["condition"].values], dtype=np.int64),
             batch=np.repeat(np.arange(len(parts)), [part.sizes["condition"] for _, part in parts]).astype(np.int64),
             size_factor=np.ones(len(names)),
             depth=1.0,
             sgrna=None,
             columns={},
+            assays={},
         )
 
     def summary(self) -> pd.DataFrame:
@@ -330,7 +365,7 @@ class Screen:
             f"  perturbations: {count + ', ' if count else ''}{control}\n"
             f"  media: {', '.join(self.media)}\n"
             f"  times: {times} {self.time_unit or '(no unit)'}\n"
-            f"  batches: {', '.join(self.batches)}"
+            f"  batches: {', '.join(self.batches)}" + "".join(f"\n  {name}: {assay!r}" for name, assay in self.assays.items())
         )
 
     def _repr_html_(self) -> str:
@@ -341,48 +376,14 @@ class Screen:
         """Return the name of a media, None being the baseline."""
         return media if media is not None else self.baseline or "baseline"
 
-    def _index(self, cells: slice | ArrayLike) -> np.ndarray:
-        """Return the indices that a mask, indices, a slice or names mean."""
-        if isinstance(cells, slice):
-            return np.arange(self.n_cells)[cells]
-        chosen = np.atleast_1d(np.asarray(cells))
-        if chosen.dtype.kind in "OUT":
-            return self._index_of(chosen)
-        if chosen.dtype.kind not in "biu" and chosen.size:
-            raise TypeError(f"Choose cells by a mask, indices, a slice or names; got values of type {chosen.dtype}.")
-        if chosen.dtype.kind == "b" and chosen.shape != (self.n_cells,):
-            raise ValueError(f"The mask has shape {chosen.shape}; it needs one value for each of the {self.n_cells:,} cells.")
-        return np.arange(self.n_cells)[chosen if chosen.size else []]
 
-    def _index_of(self, names: np.ndarray) -> np.ndarray:
-        """Return the indices of cells by name."""
-        index = pd.Index(self.cells).get_indexer(names)
-        if (index < 0).any():
-            wrong = names[index < 0]
-            raise ValueError(f"{reading.some(wrong, 'name')} of no cell of this screen. {nearest(str(wrong[0]), self.cells)}")
-        return index
-
-
-def require_screen(screen: object) -> None:
-    """Refuse anything but a screen, such as the AnnData it should be read from."""
+def require_screen(screen: object, *, partial: bool = False) -> None:
+    """Refuse anything but a screen, such as the AnnData it should be read from; and cells without RNA, unless ``partial``."""
     if not isinstance(screen, Screen):
         raise TypeError(
             f"A Screen is needed here; got {type(screen).__name__}. Read an AnnData with pb.Screen.from_anndata(adata, ...) first."
         )
-
-
-def _check_values(values: str, standard_error: str | None, cells_behind: str | None, size_factor: object) -> None:
-    """Refuse kinds of values that do not exist, and what does not go with them."""
-    if values not in ("counts", "continuous"):
-        raise ValueError(f"values={values!r} is neither 'counts' nor 'continuous'.")
-    if values == "counts" and standard_error is not None:
-        raise ValueError("standard_error= goes with values='continuous': counts carry their own noise.")
-    if values == "counts" and cells_behind is not None:
-        raise ValueError("cells_behind= goes with values='continuous': a row of counts is one cell.")
-    if values == "continuous" and size_factor is not None:
-        raise ValueError("size_factor= goes with counts: bring continuous values to one scale before they are read.")
-
-
-def _text(names: ArrayLike) -> np.ndarray:
-    """Return names as an array of str objects."""
-    return np.asarray(names).astype(str).astype(object)
+    if screen.present is not None and not partial:
+        raise ValueError(
+            f"{(~screen.present).sum():,} of {screen.n_cells:,} cells have no RNA, which is asked about here. Take screen.with_rna first."
+        )

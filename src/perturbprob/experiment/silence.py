@@ -48,6 +48,7 @@ def groups(screen: "Screen") -> Groups:
     is not known is left out; but a control of which none is known counts as exact. The variance of few cells is shrunken towards that
     of all groups, which counts for 20 cells: a gene with zeros in every cell of a small group is not known exactly.
     """
+    screen = screen.with_rna
     keys = [(label, p.media, p.time) for label, p in zip(labels(screen.conditions), screen.conditions, strict=True)]
     names = list(dict.fromkeys(keys))
     group = np.array([names.index(key) for key in keys])[screen.condition]

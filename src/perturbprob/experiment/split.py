@@ -96,7 +96,7 @@ def hold_out_time(screen: Screen, time: float, perturbations: str | Sequence[str
     >>> len(split.held_out), split.train.times
     (23, (2.0, 3.0, 4.0, 5.0))
     """
-    require_screen(screen)
+    require_screen(screen, partial=True)
     names = screen.perturbations if perturbations is None else _named(screen, perturbations)
     if isinstance(time, str):
         raise TypeError(f"time is a number in the unit of the screen; got {time!r}.")
@@ -120,7 +120,7 @@ def hold_out_cells(screen: Screen, share: float = 0.1, seed: int = 0) -> Split:
     >>> hold_out_cells(datasets.ishikawa2023())
     Split by cells: 13,403 cells to train on, 1,542 to test on
     """
-    require_screen(screen)
+    require_screen(screen, partial=True)
     if not 0 < share < 1:
         raise ValueError(f"share is the share of cells to test on, between 0 and 1; got {share}.")
     return _cut(screen, np.random.default_rng(seed).random(screen.n_cells) < share, (), "cells")

@@ -8,7 +8,7 @@ from perturbprob.inference.effects import effects
 from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
 from perturbprob.inference.lipschitz import lipschitz_constant
 from perturbprob.inference.posterior import posterior, prior
-from perturbprob.inference.predict import AliasedWarning, UndeclaredWarning, predict
+from perturbprob.inference.predict import AliasedWarning, UndeclaredWarning, predict, predict_assay
 from perturbprob.inference.projected import Projected, projected
 from perturbprob.inference.storage import load
 
@@ -29,6 +29,7 @@ __all__ = [
     "log_density",
     "posterior",
     "predict",
+    "predict_assay",
     "prior",
     "projected",
     "translate",

@@ -33,8 +33,9 @@ def importance(
     with seeded(*seed):
         for size in [min(step, particles - k) for k in range(0, particles, step)]:
             z = encoder.sample((size,))
-            law = model.measured(sites, model.moved(sites, z, cells.protocol), cells)
-            parts.append(law.log_prob(cells.counts).sum(-1) + rest.log_prob(z) - encoder.log_prob(z))
+            seen = model.seen(sites, model.moved(sites, z, cells.protocol), cells)
+            log_prob = sum(law.log_prob(counts).sum(-1) for _, law, counts in seen)
+            parts.append(log_prob + rest.log_prob(z) - encoder.log_prob(z))
     return torch.logsumexp(torch.cat(parts), 0) - math.log(particles)
 
 

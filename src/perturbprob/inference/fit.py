@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import pyro
 import torch
+from jaxtyping import Float64
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def fit(
     no law of a single cell's rest state, so nothing that starts from given cells can be asked of it.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
-    require_screen(screen)
+    require_screen(screen, partial=True)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
     minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
@@ -254,9 +255,10 @@ class _Training:
             for index in self.held.split(self.settings["minibatch"]):
                 guide = pyro.poutine.trace(self.guide).get_trace(cells := self.table.cells(index, len(index)))
                 model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
-                model.compute_log_prob(lambda name, _: name in ("z", "counts"))
+                cell = ("z", "counts", *(f"{name}_counts" for name in self.model.assays))
+                model.compute_log_prob(lambda name, _, cell=cell: name in cell)
                 guide.compute_log_prob(lambda name, _: name == "z")
-                total += sum(float(model.nodes[n]["log_prob_sum"]) for n in ("z", "counts")) - float(guide.nodes["z"]["log_prob_sum"])
+                total += sum(float(model.nodes[n]["log_prob_sum"]) for n in cell) - float(guide.nodes["z"]["log_prob_sum"])
         return -total / (len(self.held) * self.screen.n_genes)
 
     @torch.no_grad()
@@ -278,6 +280,11 @@ class _Training:
             "in error.fit. Look at these cells' counts and size factors, or lower learning_rate."
         )
 
+    def _log_size_factor(self) -> Float64[np.ndarray, " cell"]:
+        """Return the log size factors of the cells whose RNA was measured."""
+        every = self.table.log_size_factor.double().numpy()
+        return every if self.screen.present is None else every[self.screen.present]
+
     def _fit(self) -> Fit:
         """Put the result together."""
         self.elbo.eval().requires_grad_(False)
@@ -290,7 +297,7 @@ class _Training:
             seed=self.seed,
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),
-            depth=DepthLaw.of(self.screen, self.table.log_size_factor.double().numpy()),
+            depth=DepthLaw.of(self.screen.with_rna, self._log_size_factor()),
             versions={name: version(name) for name in ("perturbprob", "torch", "pyro-ppl", "numpy")}
             | {"python": platform.python_version()},
             screen=self.screen,

@@ -71,6 +71,11 @@ def check_objective(objective: str, distance: str, model: "CellModel") -> None:
         raise ValueError(f"distance={distance!r} goes with objective='paths': objective='elbo' compares densities, not sets.")
     if distance not in (MSE, *DISTANCES):
         raise ValueError(f"Unknown distance {distance!r}. Use one of {', '.join(map(repr, (MSE, *DISTANCES)))}.")
+    if objective == "paths" and model.assays:
+        raise ValueError(
+            f"objective='paths' compares RNA only, and the model has the assay {next(iter(model.assays))!r} too. Fit with "
+            "objective='elbo', or leave the assays out: screen.with_assays({})."
+        )
     termed = [type(bound.assumption).__name__ for bound in model.assumptions if bound.protocols]
     if objective == "paths" and termed:
         raise ValueError(

@@ -43,6 +43,18 @@ DIMS: dict[str, tuple[str, ...]] = {
     "steady_state_excess": ("steady_state",),
 }
 """The dimensions of every global site of a `CellModel`; its name is also its name in ArviZ."""
+ASSAY_DIMS: dict[str, tuple[str, ...]] = {
+    "level": ("feature",),
+    "coupling": ("linked",),
+    "dispersion": ("feature",),
+    "background": ("feature",),
+    "background_weight": ("feature",),
+    "batch_effect": ("batch", "feature"),
+    "batch_scale_overall": (),
+    "batch_scale": ("feature",),
+    "batch_screen_ratio": (),
+}
+"""The same for a further assay, whose name comes before that of the site; so it does before feature, and linked, those with a gene."""
 
 
 def posterior(fit: "Fit", n_draws: int = 200, *, seed: int = 0) -> "InferenceData":
@@ -76,6 +88,11 @@ def prior(model: "CellModel", screen: "Screen", n_draws: int = 200, *, seed: int
     return _inference_data("prior", model, global_draws(model, None, n_draws, seed))
 
 
+def _of_assay(name: str, site: str) -> tuple[str, ...]:
+    """Return the dimensions of a site of an assay."""
+    return tuple(dim if dim == "batch" else f"{name}_{dim}" for dim in ASSAY_DIMS[site])
+
+
 def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "InferenceData":
     """Name the draws; ArviZ is touched here only, and its versions before and from 1 are told apart."""
     import arviz
@@ -89,12 +106,13 @@ def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "
 def _dataset(model: "CellModel", draws: Iterable[Sites]) -> xr.Dataset:
     """Stack draws into a labelled Dataset with one chain."""
     kept: dict[str, list[np.ndarray]] = {}
+    dims = DIMS | {f"{name}_{site}": _of_assay(name, site) for name in model.assays for site in ASSAY_DIMS}
     for sites in draws:
-        for name in DIMS:
+        for name in dims:
             if name in sites and sites[name].numel():
                 kept.setdefault(name, []).append(sites[name].detach().cpu().numpy())
-    arrays = {name: (("chain", "draw", *DIMS[name]), np.stack(values)[None]) for name, values in kept.items()}
-    used = {dim for dims, _ in arrays.values() for dim in dims}
+    arrays = {name: (("chain", "draw", *dims[name]), np.stack(values)[None]) for name, values in kept.items()}
+    used = {dim for along, _ in arrays.values() for dim in along}
     coords = {name: value for name, value in coordinates(model).items() if (value[0] if isinstance(value, tuple) else name) in used}
     return xr.Dataset(arrays, coords, {"inference_library": "pyro", "creation_library": "perturbprob"})
 
@@ -105,6 +123,8 @@ def coordinates(model: "CellModel") -> dict[str, Any]:
     genes = [p.gene for p in names.perturbations]
     unit = {"units": names.time_unit} if names.time_unit else {}
     return {
+        **{f"{name}_feature": list(head.features) for name, head in model.assays.items()},
+        **{f"{name}_linked": list(head.linked) for name, head in model.assays.items()},
         "batch": list(names.batches),
         "gene": list(names.genes),
         "perturbation": genes if len(set(genes)) == len(genes) else list(map(repr, names.perturbations)),

@@ -13,6 +13,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Action, Protocol
+from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded, warn_if_large
 from perturbprob.measurement.counts import CountLaw
 
@@ -76,14 +77,69 @@ def predict(
     _say_untested(fit)
     n_values = 3 * n_draws * len(protocols) * len(fit.model.vocabulary.genes)
     warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
-    values = torch.stack(list(_draws(fit, protocols, batches, n_draws=n_draws, scale=scale, n_cells=n_cells, seed=seed, progress=progress)))
-    lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
-    if fit.settings["objective"] == "paths" and interval == "mean":
-        lower, upper = (torch.full_like(lower, torch.nan) for _ in range(2))  # a deterministic fit does not know how sure it is
-    data = {"mean": values.mean(0), "lower": lower, "upper": upper}
+
+    def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
+        return expectation.means(sites, part, scale, None if n_cells is None else n_cells * share)
+
+    values = torch.stack(list(_draws(fit, protocols, batches, mean, n_draws=n_draws, seed=seed, progress=progress)))
+    data = _interval(values, level)
+    if fit.settings["objective"] == "paths" and interval == "mean":  # a deterministic fit does not know how sure it is
+        data |= {end: torch.full_like(data[end], torch.nan) for end in ("lower", "upper")}
     units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)", "value": "as measured"}
     attrs = {"scale": scale, "units": units[scale], "interval": interval, "level": level, "n_draws": n_draws}
     return labelled(fit, protocols, data, attrs | {"batch": ", ".join(dict.fromkeys(map(str, batches)))})
+
+
+def predict_assay(
+    fit: "Fit",
+    conditions: Protocol | Action | Sequence[Protocol | Action] | None = None,
+    *,
+    assay: str,
+    n_draws: int = 200,
+    batch: str | None = None,
+    level: float = 0.9,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Predict the mean count of each feature of a further assay, in cells of size factor 1, with intervals.
+
+    Of windows read as open or closed it is the probability to be open. Returns a Dataset over (condition, feature) with ``mean``,
+    ``lower`` and ``upper`` as `predict` does. ``batch`` is a name; "average" over the fitted batches; or None, η = 0 in both assays.
+
+    >>> import numpy as np
+    >>> import perturbprob as pb
+    >>> simulation = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1)
+    >>> adata = simulation.adata.copy()
+    >>> adata.obsm["surface"] = np.random.default_rng(0).poisson(5, (200, 3))
+    >>> screen = simulation.screen.with_assays({"protein": pb.Assay.from_anndata(adata, kind="protein", obsm="surface")})
+    >>> fit = pb.fit(pb.node(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> pb.predict_assay(fit, screen.conditions[-1], assay="protein", n_draws=4, batch="average").sizes
+    Frozen({'condition': 1, 'feature': 3})
+    """
+    check_draws(n_draws)
+    _check_choices("mean", level, None)
+    if assay not in fit.model.assays:
+        raise ValueError(f"The fit has no assay {assay!r}. {nearest(assay, fit.model.assays)}")
+    fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
+    if batch not in (None, "average", *fitted):
+        raise ValueError(f"Batch {batch!r} is none whose {assay} was fitted. {nearest(str(batch), fitted)}")
+    protocols = _protocols(fit, conditions)
+    if batch is None:
+        _say_aliased(fit)
+    _say_untested(fit)
+
+    def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
+        return expectation.assay_means(sites, part, assay)
+
+    draws = _draws(fit, protocols, [batch] * len(protocols), mean, n_draws=n_draws, seed=seed, progress=progress)
+    attrs: dict[str, object] = {"assay": assay, "units": "counts at size factor 1", "level": level, "n_draws": n_draws, "batch": str(batch)}
+    return labelled(fit, protocols, _interval(torch.stack(list(draws)), level), attrs, features=fit.model.assays[assay].features)
+
+
+def _interval(values: Float[Tensor, "draw condition gene"], level: float) -> dict[str, Tensor]:
+    """Return mean and central interval of draws."""
+    lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
+    return {"mean": values.mean(0), "lower": lower, "upper": upper}
 
 
 def _scale(fit: "Fit", scale: str | None) -> str:
@@ -167,14 +223,13 @@ def _draws(
     fit: "Fit",
     protocols: list[Protocol],
     batches: list[str | None],
+    mean: Callable[["Expectation", Sites, Tensor, Tensor], Tensor],
     *,
     n_draws: int,
-    scale: str,
-    n_cells: int | None,
     seed: int,
     progress: bool,
 ) -> Iterator[Float[Tensor, "condition gene"]]:
-    """Yield each posterior draw's mean of every condition, with the noise of ``n_cells`` cells added where given."""
+    """Yield each posterior draw's ``mean`` of every condition, from its rows, over the batches of which each is a share."""
     fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
     named = [fitted if b == "average" else [b] for b in batches]
     of = torch.tensor([c for c, names in enumerate(named) for _ in names])
@@ -183,9 +238,7 @@ def _draws(
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="predict" if progress else None)):
         with seeded(seed, k, 2):
             sites = expectation.complete(sites)
-            means = torch.cat(
-                [expectation.means(sites, part, scale, None if n_cells is None else n_cells * share[part]) for part in expectation.parts]
-            ).cpu()
+            means = torch.cat([mean(expectation, sites, part, share[part]) for part in expectation.parts]).cpu()
         yield means.new_zeros(len(protocols), means.shape[1]).index_add_(0, of, share * means)
 
 
@@ -234,6 +287,14 @@ class Expectation:
         eta = self.model.batch_effect.at(sites, self.batch[part], state.z, state.media)
         return self.model.log_shares(sites, state, self.rows[part]) + eta
 
+    @torch.no_grad()
+    def assay_means(self, sites: Sites, part: Int[Tensor, " part"], name: str) -> Float[Tensor, "part feature"]:
+        """Return the mean over cells of each row of a further assay's counts, at size factor 1."""
+        state, head = self._state(part, sites), self.model.assays[name]
+        eta = head.eta(sites, self.batch[part], state.z, state.media)
+        share = self.model.log_shares(sites, state, self.rows[part])
+        return head(sites, state.z, share, torch.zeros_like(share[..., 0]), eta).mean.mean(0)
+
     def _state(self, part: Int[Tensor, " part"], sites: Sites) -> CellState:
         """Carry the rest states through the protocols of some rows."""
         z = self.z[:, None].expand(-1, len(part), -1)
@@ -273,17 +334,24 @@ def interpolated_log1p(law: CountLaw, moment: Callable[[CountLaw], Tensor] = Cou
     return (table.gather(0, left) * (1 - part) + table.gather(0, left + 1) * part).view_as(law.log_rate)
 
 
-def labelled(fit: "Fit", protocols: Sequence[Protocol], data: dict[str, Tensor], attrs: dict[str, object]) -> xr.Dataset:
-    """Put names on tensors of shape (condition, gene) or (condition,)."""
-    names = fit.model.vocabulary
+def labelled(
+    fit: "Fit",
+    protocols: Sequence[Protocol],
+    data: dict[str, Tensor],
+    attrs: dict[str, object],
+    *,
+    features: Sequence[str] | None = None,
+) -> xr.Dataset:
+    """Put names on tensors of shape (condition, gene) or (condition,); or (condition, feature), where features are named."""
+    names, along = fit.model.vocabulary, "gene" if features is None else "feature"
     unit = {"units": names.time_unit} if names.time_unit else {}
     coords = {
         "condition": [str(p) for p in protocols],
-        "gene": list(names.genes),
+        along: list(names.genes) if features is None else list(features),
         "perturbation": ("condition", [p.perturbation for p in protocols]),
         "media": ("condition", [p.media or names.baseline or "baseline" for p in protocols]),
         "time": ("condition", [p.time for p in protocols], unit),
     }
-    dims = {name: ("condition", "gene")[: value.ndim] for name, value in data.items()}
+    dims = {name: ("condition", along)[: value.ndim] for name, value in data.items()}
     arrays = {name: (dims[name], np.asarray(value.cpu() if isinstance(value, Tensor) else value)) for name, value in data.items()}
     return xr.Dataset(arrays, coords, attrs)

@@ -87,6 +87,8 @@ def projected(
     """
     if fit.model.start is None and not fit.guide.encodes:
         raise ValueError("A fit with objective='paths' of counts has no V⁻¹ from counts to states. Fit with objective='elbo'.")
+    if fit.model.assays:
+        raise ValueError("𝓕 is from RNA to RNA, and this fit has seen further assays: fit the RNA alone, screen.assays left out.")
     several = [conditions] if isinstance(conditions, Protocol | Action) else list(conditions)
     with torch.no_grad():
         sites = centre(fit.model, fit.guide) if sites is None else sites

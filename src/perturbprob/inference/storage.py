@@ -117,6 +117,8 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
         "start": state.get("start"),
         "groups": facts["recipe"].get("groups"),
         "adapted": facts["recipe"].get("adapted", 0),
+        "assays": facts["recipe"].get("assays", {}),
+        "levels": {name: state[f"assays.{name}.level"] for name in facts["recipe"].get("assays", {})},
         "assumptions": [Bound.from_json(values) for values in facts["recipe"].get("assumptions", [])],
     }
     with warnings.catch_warnings():

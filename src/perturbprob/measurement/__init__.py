@@ -1,5 +1,6 @@
 """V: what the assay sees."""
 
+from perturbprob.measurement.assays import AssayHead, BackgroundLaw, OpenLaw, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, CountLaw, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.decoder import Decoder, Identity
@@ -18,6 +19,8 @@ from perturbprob.measurement.normal import Normal
 
 __all__ = [
     "DISTANCES",
+    "AssayHead",
+    "BackgroundLaw",
     "BatchEffect",
     "CountHead",
     "CountLaw",
@@ -26,7 +29,11 @@ __all__ = [
     "Identity",
     "NegativeBinomial",
     "Normal",
+    "OpenLaw",
+    "OpenWindowHead",
     "Poisson",
+    "ProteinHead",
+    "WindowHead",
     "ZeroInflatedNegativeBinomial",
     "default_bandwidth",
     "default_blur",

@@ -1,18 +1,19 @@
 """The generative story of a screen: η, P, M, W, V, in that order."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast, final
 
 import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.dynamics.transition import CellState, Effects, Transition
 from perturbprob.experiment.vocabulary import Segment, Vocabulary
+from perturbprob.measurement.assays import AssayHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead
 from perturbprob.measurement.decoder import Decoder, Identity
@@ -30,6 +31,7 @@ class CellModel(PyroModule):
 
     Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
     ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
+    ``assays`` see the same state beside RNA, by name, any subset in each cell.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
     ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
     rest state where it is known, as in gene space, instead of z₀ ~ Normal(0, I). ``assumptions`` are those
@@ -52,12 +54,14 @@ class CellModel(PyroModule):
         start: Float[Tensor, " latent"] | None = None,
         assumptions: Sequence["Bound"] = (),
         recipe: dict[str, Any] | None = None,
+        assays: Mapping[str, AssayHead] | None = None,
     ) -> None:
         """Fill the slots."""
         super().__init__()
         self.vocabulary, self.recipe = vocabulary, recipe or {}
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
         self.batch_effect, self.condition_effect = batch_effect, condition_effect
+        self.assays = cast("dict[str, AssayHead]", nn.ModuleDict(assays or {}))
         self.n_latent, self.n_hidden = n_latent, n_hidden
         self.assumptions = tuple(assumptions)
         for bound in self.assumptions:
@@ -79,7 +83,8 @@ class CellModel(PyroModule):
             with pyro.poutine.scale(scale=cells.warmth):
                 z = pyro.sample("z", self.at_rest(len(cells)))  # X, a cell at rest
             state = self.moved(sites, z, cells.protocol)  # W(M(P(X))), eq 4
-            pyro.sample("counts", self.measured(sites, state, cells).to_event(1), obs=cells.counts)  # V, eq 10
+            for name, law, counts in self.seen(sites, state, cells):
+                pyro.sample(name, law.to_event(1), obs=counts)  # V of each assay, eq 10
 
     def globals(self) -> dict[str, Tensor]:
         """Sample what all cells share: η, the measurement, and the effects."""
@@ -88,7 +93,7 @@ class CellModel(PyroModule):
         bias = torch.zeros_like(self.log_share)
         if self.start is None:  # a known start is a known bias
             bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
-        own = {name: value for bound in self.assumptions for name, value in bound.globals().items()}
+        own = {name: value for part in (*self.assays.values(), *self.assumptions) for name, value in part.globals().items()}
         return {**eta, "gene_bias": bias, **self.condition_effect(), **self.effects(), **measurement, **own}
 
     def effects(self) -> dict[str, Tensor]:
@@ -139,6 +144,18 @@ class CellModel(PyroModule):
         """Return the log of each gene's expected share of a cell's counts, before batch effects."""
         offset = sites["gene_bias"] + self.condition_effect.total(sites["condition_effect"], rows)
         return self.decoder(state.z, offset)
+
+    def seen(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> Iterator[tuple[str, dist.Distribution, Tensor]]:
+        """Yield the law of each assay's counts, RNA first, under the name of its site, and the counts; cells that lack it are masked."""
+        law = self.measured(sites, state, cells)
+        yield "counts", law if cells.present is None else law.mask(cells.present[:, None]), cells.counts
+        if self.assays:
+            log_share = self.log_shares(sites, state, cells.rows)
+        for name, head in self.assays.items():
+            seen = cells.assays[name]
+            eta = head.eta(sites, cells.batch, state.z, state.media)
+            law = head(sites, state.z, log_share, seen.log_size_factor, eta)
+            yield f"{name}_counts", law.mask(seen.present[:, None]), seen.counts
 
     def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> dist.Distribution:
         """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""

@@ -1,17 +1,19 @@
 """Cells as a model sees them: a screen in the words of a vocabulary, minibatch by minibatch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Segment
+from perturbprob.measurement.assays import Seen
 from perturbprob.measurement.normal import Normal
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ class Cells:
 
     ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0. ``condition`` is
     each cell's place in the screen's conditions. ``standard_error`` is that of each value where values are continuous and it is
-    known. ``warmth`` is the weight of the cells' own KL term while a training warms up.
+    known. ``warmth`` is the weight of the cells' own KL term while a training warms up. ``present`` says which cells have counts of RNA
+    (None: all), ``assays`` what the model's other assays saw.
     """
 
     total: int
@@ -37,6 +40,8 @@ class Cells:
     warmth: float = 1.0
     condition: Int[Tensor, " cell"] | None = None
     standard_error: Float[Tensor, "cell gene"] | None = None
+    present: Bool[Tensor, " cell"] | None = None
+    assays: dict[str, Seen] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -63,7 +68,7 @@ class CellTable:
 
         ``batch`` is the code of the batch that all cells are taken to be in (−1: none), instead of their own.
         """
-        require_screen(screen)
+        require_screen(screen, partial=True)
         names = model.vocabulary
         if tuple(screen.genes) != names.genes:
             missing = sorted(set(names.genes) - set(screen.genes))
@@ -85,7 +90,7 @@ class CellTable:
             raise ValueError(
                 f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first."
             )
-        self.model, self.screen = model, screen
+        self.model, self.screen, self.assays = model, screen, _assays(model, screen)
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
         parts = [model.condition_effect.parts(p, names.time_scale) for p in protocols]
         self.extra = model.condition_effect.unknown(parts)
@@ -118,9 +123,41 @@ class CellTable:
             warmth=warmth,
             condition=condition.to(device),
             standard_error=None if known is None else torch.from_numpy(np.nan_to_num(known[index.numpy()])).to(device),
+            present=None if self.screen.present is None else torch.from_numpy(self.screen.present[index.numpy()]).to(device),
+            assays={name: self._seen(name, index) for name in self.assays},
+        )
+
+    def _seen(self, name: str, index: Int[Tensor, " cell"]) -> Seen:
+        """Return what an assay saw of these cells; nothing, where the screen does not have it."""
+        assay, device = self.assays[name], self.model.log_share.device
+        if assay is None:
+            n = len(index)
+            nothing = torch.zeros(n, len(self.model.assays[name].features), device=device)
+            return Seen(nothing, torch.zeros(n, device=device), torch.zeros(n, dtype=torch.bool, device=device))
+        part = assay[index.numpy()]
+        return Seen(
+            torch.from_numpy(part.counts.toarray()).to(device),
+            torch.from_numpy(np.log(part.size_factor).astype(np.float32)).to(device),
+            torch.from_numpy(part.present).to(device),
         )
 
     def minibatches(self, minibatch: int) -> Iterator[Cells]:
         """Iterate over all cells in their order."""
         for index in torch.arange(self.screen.n_cells).split(minibatch):
             yield self.cells(index)
+
+
+def _assays(model: "CellModel", screen: Screen) -> dict[str, Assay | None]:
+    """Return the screen's assay behind each head of a model, None where it has none; refuse assays that the model does not know."""
+    if unknown := [name for name in screen.assays if name not in model.assays]:
+        raise ValueError(
+            f"The screen holds the assay {unknown[0]!r}, of which the model knows nothing. Make the model from this screen, or leave its "
+            "assays out: screen.with_assays({})."
+        )
+    for name, assay in screen.assays.items():
+        features = model.assays[name].features
+        if assay.features != features or assay.binary != model.assays[name].binary:
+            lacking = sorted(set(features) - set(assay.features))[:3]
+            found = f"features such as {lacking} are missing" if lacking else "features are others or in another order, or binary differs"
+            raise ValueError(f"The assay {name!r} is not as the model knows it: {found}. Read it like the one the model was made from.")
+    return {name: screen.assays.get(name) for name in model.assays}

@@ -1,6 +1,6 @@
 """The variational family: an encoder for cells, and one law over what all cells share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -76,6 +76,8 @@ class Guide(PyroModule):
         names = model.vocabulary
         self.n_batches = model.batch_effect.n_batches
         n_context = len(names.perturbations) + len(names.media) + 1 + self.n_batches
+        if model.assays:  # each assay's counts, and of each, RNA too, whether it is missing
+            n_context += 1 + sum(len(head.features) + 1 for head in model.assays.values())
         self.register_buffer("known_start", model.start)
         self.encodes = encodes and model.start is None
         if self.encodes:
@@ -100,7 +102,7 @@ class Guide(PyroModule):
 
     def transform(self, name: str) -> dist.transforms.Transform:
         """Return how the unconstrained line, on which a site's law is normal, becomes its values."""
-        return OVERDISPERSION if name == "dispersion" else dist.transforms.biject_to(self.support[name])
+        return OVERDISPERSION if name.endswith("dispersion") else dist.transforms.biject_to(self.support[name])
 
     def _start_block(self, model: CellModel) -> None:
         """Start every gene's block at its log share and no batch effect, nearly sure."""
@@ -118,6 +120,7 @@ class Guide(PyroModule):
         n cells with S counts of a gene carry about S / (1 + S / n) of information on its log rate at a dispersion of 1, and the prior
         about that of a standard deviation of 0.1; on the log of a dispersion θ they carry about n / 2 (μ / (μ + θ))² at a mean μ.
         """
+        screen = screen.with_rna
         design, group, _ = _groups(model, screen)
         information, prior = _information(screen.counts, group, len(design)), 100.0
         free = design[:, 1:].square().T @ information + prior
@@ -126,7 +129,9 @@ class Guide(PyroModule):
             mean, theta = _moments(screen)
             self.dispersion_loc.copy_(OVERDISPERSION.inv(theta))
             width = (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).rsqrt()  # of log θ
-            self.dispersion_log_scale.copy_((width / (theta * -torch.expm1(-20 / theta))).log())
+            width = width / (theta * -torch.expm1(-20 / theta))
+            # of genes with hardly a count it is so wide that a draw of u falls below -4, where 1/θ is 0 in float32: six widths stay above
+            self.dispersion_log_scale.copy_(width.minimum((self.dispersion_loc + 4) / 6).log())
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())
 
@@ -192,7 +197,9 @@ class Guide(PyroModule):
                 "cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
             )
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
-        return self.encoder(log_counts, self.context(cells.protocol, cells.batch))
+        if cells.present is not None:
+            log_counts = torch.where(cells.present[:, None], log_counts, 0.0)
+        return self.encoder(log_counts, torch.cat([self.context(cells.protocol, cells.batch), *_seen(cells)], -1))
 
     def context(self, protocol: Sequence[Segment], batch: Int[Tensor, " cell"]) -> Float[Tensor, "cell context"]:
         """Return what the encoder reads beside counts: the marks of the protocol, the time waited, and the batch."""
@@ -203,6 +210,16 @@ class Guide(PyroModule):
         media = torch.stack([s.media for s in protocol]).amax(0)
         waited = torch.stack([s.wait for s in protocol]).sum(0)
         return torch.cat([perturbation, media, waited[:, None], batches], -1)
+
+
+def _seen(cells: Cells) -> Iterator[Float[Tensor, "cell part"]]:
+    """Yield what each further assay saw, log(1 + count) at size factor 1, zeros where a cell lacks it, and 1 where it does; for RNA too."""
+    if cells.assays:
+        yield torch.zeros_like(cells.log_size_factor)[:, None] if cells.present is None else (~cells.present).float()[:, None]
+    for seen in cells.assays.values():
+        present = seen.present[:, None]
+        yield torch.where(present, torch.log1p(seen.counts * torch.exp(-seen.log_size_factor)[:, None]), 0.0)
+        yield (~present).float()
 
 
 def node_design(model: CellModel, screen: "Screen") -> Float[Tensor, "node block"]:

@@ -1,5 +1,6 @@
 """Structures: named fillings of `CellModel`'s slots."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
 from perturbprob.dynamics.solve import Solver
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Vocabulary
+from perturbprob.measurement.assays import AssayHead, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.decoder import Decoder, Identity
@@ -30,6 +33,7 @@ HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "normal": Normal,
     "known_noise": partial(Normal, learnt=False),
 }
+ASSAYS: dict[str, Callable[..., AssayHead]] = {"protein": ProteinHead, "chromatin": WindowHead, "open": OpenWindowHead}
 CONTINUOUS = ("normal", "known_noise")
 BATCH_EFFECTS = ("constant", "state")
 
@@ -56,11 +60,13 @@ def node(
     ``field(z, perturbation, media, clock)`` that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq;
     ``seed`` starts the networks. The screen gives names and the share of each gene in all counts; nothing of it is kept.
 
+    Where the screen has further `assays`, each gets a head over the same state (`ProteinHead`, `WindowHead`, `OpenWindowHead`).
+
     A screen of continuous values is modelled in gene space: the state is the values, the start the mean of control at its first
     time, in baseline media where there is one, and there is no decoder. ``measurement`` is then "normal" (known standard errors
     and learnt noise, the default) or "known_noise".
     """
-    require_screen(screen)
+    require_screen(screen, partial=True)
     if screen.values == "continuous" and n_latent not in (None, screen.n_genes):
         raise ValueError(f"Continuous values are modelled in gene space, one latent axis for each gene: leave n_latent={n_latent} out.")
     n_latent = 10 if n_latent is None else n_latent
@@ -68,7 +74,7 @@ def node(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
     arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
-    facts = _facts(screen) | {"assumptions": bind(assumptions, screen)}
+    facts = _facts(screen) | {"assumptions": bind(assumptions, screen.with_rna)}
     arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden, "solver": solver}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -109,10 +115,11 @@ def _facts(screen: Screen) -> dict[str, Any]:
     """Return what a structure needs to know of a screen."""
     vocabulary = Vocabulary.of(screen)
     facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
-    facts |= {"groups": screen.batch_groups.tolist(), "adapted": 0}
+    facts |= {"groups": screen.batch_groups.tolist(), "adapted": 0, "assays": {n: _assay(screen, a) for n, a in screen.assays.items()}}
+    facts["levels"] = {name: torch.as_tensor(assay.level, dtype=torch.float32) for name, assay in screen.assays.items()}
     if screen.values == "continuous":
         return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
-    totals = np.asarray(screen.counts.sum(0)).ravel() + 0.5
+    totals = np.asarray(screen.with_rna.counts.sum(0)).ravel() + 0.5
     facts["nodes"] = sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)})
     return facts | {"log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32)}
 
@@ -140,6 +147,26 @@ def _batches(facts: dict[str, Any], form: str | dict[str, Any], n_latent: int) -
     return effect
 
 
+def _assay(screen: Screen, assay: Assay) -> dict[str, Any]:
+    """Return what a head must know of an assay, as JSON can hold it."""
+    place = {gene: k for k, gene in enumerate(screen.genes)}
+    genes = [-1 if gene is None else place[gene] for gene in assay.genes]
+    return {"kind": "open" if assay.binary else assay.kind, "features": list(assay.features), "genes": genes}
+
+
+def _heads(facts: dict[str, Any], n_latent: int, n_hidden: int) -> dict[str, AssayHead]:
+    """Make the heads of further assays."""
+    n_batches, heads = len(facts["vocabulary"].batches) - facts["adapted"], {}
+    for name, assay in facts["assays"].items():
+        level = facts["levels"][name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what one batch means is said of RNA
+            effect = BatchEffect(n_batches, level / level.sum(), groups=facts["groups"])
+        known = (name, assay["features"], level, assay["genes"], facts["log_share"], effect)
+        heads[name] = ASSAYS[assay["kind"]](*known, n_latent=n_latent, n_hidden=n_hidden)
+    return heads
+
+
 def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
     """Fill the slots from the facts of a screen and the arguments of `node`."""
     vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
@@ -159,11 +186,13 @@ def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
         log_depth=facts["log_depth"],
         start=start,
         assumptions=bound,
+        assays=_heads(facts, n_latent, n_hidden),
         recipe={
             "structure": "node",
             "arguments": arguments,
             "assumptions": [b.to_json() for b in bound],
             "groups": facts["groups"],
+            **({"assays": facts["assays"]} if facts["assays"] else {}),
             "field": None if field is None else type(field).__qualname__,
         },
     )

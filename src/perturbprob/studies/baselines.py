@@ -14,6 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from scipy.special import gammaln, xlogy
 
+from perturbprob.experiment.screen import require_screen
 from perturbprob.studies.hierarchical_gaussian import hierarchical_gaussian
 from perturbprob.studies.mean_baselines import (
     MEAN_BASELINES,
@@ -98,6 +99,8 @@ def condition_negative_binomial(train: "Screen", test: "Screen") -> xr.DataArray
 
 def _check_genes(train: "Screen", test: "Screen") -> None:
     """Refuse screens whose genes differ."""
+    require_screen(train)
+    require_screen(test)
     if train.genes != test.genes:
         differ = len(set(train.genes) ^ set(test.genes))
         raise ValueError(f"Training and test cells need the same genes in the same order; {differ} genes are in one of the two only.")

@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.draws import check_draws, global_draws, seeded, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
 
@@ -97,6 +98,7 @@ def predictive_check(
     batch effects cannot, is asked of the means of log(1 + count / size factor).
     """
     check_draws(n_draws)
+    require_screen(screen)
     table, groups = CellTable(fit.model, screen), _Groups(screen)
     statistics = 32 * groups.n_pairs * screen.n_genes  # sixteen of them, in double precision
     warn_if_large(statistics, f"statistics of {groups.n_pairs} condition-batch pairs", "Check fewer genes.")
