@@ -31,7 +31,7 @@ def screen() -> pb.Screen:
 
 def make(screen: pb.Screen, *assumptions: object, **how: object) -> tuple:
     """A model with assumptions, its global sites at their centre, and the terms."""
-    model = pb.node(screen, 2, n_hidden=8, assumptions=assumptions, **how)
+    model = pb.node(screen, 2 if screen.values == "counts" else None, n_hidden=8, assumptions=assumptions, **how)
     with torch.no_grad():
         model.transition.field.get_parameter(
             "field.network.2.weight" if any(isinstance(a, pb.UneditedStable) for a in assumptions) else "network.2.weight"
