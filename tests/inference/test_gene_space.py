@@ -137,7 +137,7 @@ def test_the_measured_state_is_run_backward(fit: pb.Fit, bulk: pb.Screen) -> Non
     with torch.no_grad():
         seen, truth = (fit.model.moved(sites, z0, p).z.numpy() for p in (cells.protocol, segments))
     rows = replace(bulk, counts=csr_array(seen))
-    back, population = (pb.counterfactual(fit, rows, new, route=r, n_draws=30, progress=False) for r in ("inverse", "encoder"))
+    back, population = (pb.counterfactual(fit, rows, new, route=r, n_draws=8, progress=False) for r in ("inverse", "encoder"))
     assert float(abs(back["mean"] - truth).mean()) < 0.3 * float(abs(population["mean"] - truth).mean())
     assert float(back["round_trip"].max()) < 1e-2
     assert float(((back["lower"] <= truth) & (truth <= back["upper"])).mean()) > 0.85
