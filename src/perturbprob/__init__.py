@@ -41,7 +41,7 @@ from perturbprob.inference import (  # noqa: E402
     projected,
     translate,
 )
-from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
+from perturbprob.model import CellModel, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
 from perturbprob.studies import (  # noqa: E402
     baselines,
     batch_error,
@@ -62,6 +62,7 @@ __all__ = [
     "AliasedWarning",
     "Assay",
     "CellModel",
+    "ExchangeableBatches",
     "Fit",
     "IllConditioned",
     "Interference",

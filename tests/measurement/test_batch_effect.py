@@ -173,7 +173,7 @@ def test_the_regression_moves_the_mean_of_batches_by_their_covariates():
     ("n", "covariates", "message"),
     [
         (7, torch.randn(7, 1), "learnt across batches only, and 7 are too few: at least 8 are needed"),
-        (8, torch.randn(7, 1), r"one finite row for each of the 8 batches; got \(7, 1\)"),
+        (8, torch.randn(7, 1), r"Covariates need one finite row for each of the 8 batches; got \(7, 1\)"),
         (8, torch.full((8, 1), torch.nan), "one finite row"),
         (8, torch.ones(8, 1), "the same in every batch"),
     ],

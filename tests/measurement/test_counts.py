@@ -249,3 +249,15 @@ def test_the_prior_of_the_gate_is_centred_on_one_percent_and_that_of_the_dispers
         law = trace.nodes[name]["fn"].base_dist
         np.testing.assert_allclose(law.icdf(torch.tensor(0.5)), np.full(4, middle), rtol=1e-4)
         np.testing.assert_allclose(law.icdf(torch.tensor(stats.norm.cdf(1))), np.full(4, upper), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("theta", "gate"), [(None, None), (2.0, None), (0.7, 0.1)])
+def test_the_variance_of_log1p_is_that_of_the_law(theta, gate):
+    rates = torch.tensor([0.01, 0.3, 2.0, 40.0]).log()[:, None]
+    law = CountLaw(rates, None if theta is None else torch.tensor([theta]), None if gate is None else torch.tensor([gate]))
+    wide = CountLaw(law.log_rate.double(), *(None if v is None else v.double() for v in (law.dispersion, law.gate)))
+    count = torch.arange(3000, dtype=torch.double)[:, None, None]
+    weight = wide.log_prob(count).exp()
+    mean = (weight * count.log1p()).sum(0)
+    wanted = (weight * (count.log1p() - mean).square()).sum(0)
+    assert torch.allclose(law.variance_log1p().double(), wanted, atol=2e-5, rtol=1e-4)

@@ -18,7 +18,7 @@ from perturbprob.model.assumptions.terms import carried, rest_points, standard_e
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide, node_design
 
-ALL = (pb.UneditedStable(), pb.SteadyState(), pb.SilentInBaseline(), pb.Lipschitz())
+ALL = (pb.UneditedStable(), pb.SteadyState(), pb.SilentInBaseline(), pb.Lipschitz(), pb.ExchangeableBatches())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_pairs_match_a_count_by_hand(screen):
     """Three perturbations and two media beside the baseline: 12 pairs of eq 5; 12 steady states; 3 × 2 of silence; 1 identity."""
     assert len(screen.layout.paths()) == 12
     assert {type(a).__name__: len(a.pairs(screen)) for a in ALL} == {
-        "UneditedStable": 1, "SteadyState": 12, "SilentInBaseline": 6, "Lipschitz": 0,
+        "UneditedStable": 1, "SteadyState": 12, "SilentInBaseline": 6, "Lipschitz": 0, "ExchangeableBatches": 0,
     }  # fmt: skip
     extra = [pair for a in ALL for pair in a.pairs(screen)]
     table = screen.layout.paths(extra)
@@ -427,7 +427,7 @@ def test_auto_asks_for_the_last_time_of_each_media(screen):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_assumption_and_one_twice(screen):
-    with pytest.raises(TypeError, match=r"An assumption is one of Lipschitz\(\.\.\.\), SilentInBaseline"):
+    with pytest.raises(TypeError, match=r"An assumption is one of ExchangeableBatches\(\.\.\.\), Lipschitz\(\.\.\.\), SilentInBaseline"):
         bind(["SteadyState"], screen)
     with pytest.raises(TypeError, match=r"takes a list; write assumptions=\[UneditedStable\("):
         bind(pb.UneditedStable(), screen)

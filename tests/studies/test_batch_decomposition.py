@@ -13,8 +13,6 @@ import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
 from perturbprob.inference.draws import centre, global_draws
 from perturbprob.inference.predict import Expectation
-from perturbprob.measurement.counts import CountLaw
-from perturbprob.studies.batch_decomposition import log1p_variance
 from perturbprob.studies.reference_grid import ReferenceGrid
 
 
@@ -90,18 +88,6 @@ def test_an_additive_fit_has_no_interaction_of_batches(screen: pb.Screen) -> Non
     drawn = torch.stack([sites["batch_effect"] for sites in global_draws(fit.model, fit.guide, 3, 0)]).mean(0)
     assert eta.shape == drawn.shape
     assert np.allclose(table["loading"], drawn, atol=1e-5)
-
-
-@pytest.mark.parametrize(("theta", "gate"), [(None, None), (2.0, None), (0.7, 0.1)])
-def test_the_variance_of_log1p_is_that_of_the_law(theta: float | None, gate: float | None) -> None:
-    rates = torch.tensor([0.01, 0.3, 2.0, 40.0]).log()[:, None]
-    law = CountLaw(rates, None if theta is None else torch.tensor([theta]), None if gate is None else torch.tensor([gate]))
-    wide = CountLaw(law.log_rate.double(), *(None if v is None else v.double() for v in (law.dispersion, law.gate)))
-    count = torch.arange(3000, dtype=torch.double)[:, None, None]
-    weight = wide.log_prob(count).exp()
-    mean = (weight * count.log1p()).sum(0)
-    wanted = (weight * (count.log1p() - mean).square()).sum(0)
-    assert torch.allclose(log1p_variance(law).double(), wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_aliased_factors_are_one_source(aliased: pb.Fit) -> None:

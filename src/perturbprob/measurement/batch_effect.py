@@ -215,10 +215,10 @@ def _standardised(covariates: Float[Tensor, "batch covariate"], n_batches: int) 
     if n_batches < FEWEST_FOR_COVARIATES:
         raise ValueError(
             f"A regression of batch effects on covariates of the batches is learnt across batches only, and {n_batches} are too few: "
-            f"at least {FEWEST_FOR_COVARIATES} are needed. Leave batch_covariates out; η^b itself is estimated for each batch."
+            f"at least {FEWEST_FOR_COVARIATES} are needed. Leave the covariates out: η^b itself is estimated for each batch."
         )
     if len(covariates) != n_batches or not torch.isfinite(covariates).all():
-        raise ValueError(f"batch_covariates needs one finite row for each of the {n_batches} batches; got {tuple(covariates.shape)}.")
+        raise ValueError(f"Covariates need one finite row for each of the {n_batches} batches; got {tuple(covariates.shape)}.")
     spread = covariates.std(0)
     if (spread < 1e-12).any():
         raise ValueError("A batch covariate is the same in every batch, so nothing can be learnt from it: leave it out.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 GATE_PRIOR = 0.01
 """Where the prior of the gate is centred: zero inflation is rarely needed on UMI counts."""
+_EULER = 0.5772156649015329
 
 
 @final
@@ -131,6 +132,22 @@ class CountLaw(TorchDistribution):
             s = math.exp(log_s)
             total = total + step * math.exp(-s) * self._missing_transform(-math.expm1(-s))
         return total if self.gate is None else (1 - self.gate) * total
+
+    def variance_log1p(self) -> Float[Tensor, "*plate gene"]:
+        """Var(log(1 + x)), by quadrature.
+
+        As in `mean_log1p`, E log(1 + x) and E log²(1 + x) are the integrals of w(u) (1 − E e^(−s x)) e^(−s) over u = log s, with w = 1
+        and w = −2 (u + γ), γ Euler's constant: derivatives at a = 0 of
+        ∫ s^(a − 1) (e^(−s) − e^(−s(1 + x))) ds = Γ(a) (1 − (1 + x)^(−a)).
+        """
+        wide = [None if value is None else value.double() for value in (self.dispersion, self.gate)]
+        exact, step = CountLaw(self.log_rate.double(), *wide), 0.6  # double: two nearly equal numbers are subtracted
+        first, second = torch.zeros_like(exact.log_rate), torch.zeros_like(exact.log_rate)
+        for u in torch.arange(-30.0, 4.0, step).tolist():
+            part = step * math.exp(-math.exp(u)) * exact._missing_transform(-math.expm1(-math.exp(u)))
+            first, second = first + part, second - 2 * (u + _EULER) * part
+        share = 1.0 if exact.gate is None else 1 - exact.gate
+        return (share * second - (share * first).square()).clamp(min=0).to(self.log_rate)
 
     def _missing_transform(self, u: float) -> Float[Tensor, "*plate gene"]:
         """1 − E (1 − u)^x without the gate."""

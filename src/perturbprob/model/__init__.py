@@ -1,8 +1,18 @@
 """The generative story."""
 
-from perturbprob.model.assumptions import Assumption, Lipschitz, SilentInBaseline, SteadyState, UneditedStable
+from perturbprob.model.assumptions import Assumption, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.guide import Guide
 from perturbprob.model.structures import node
 
-__all__ = ["Assumption", "CellModel", "Guide", "Lipschitz", "SilentInBaseline", "SteadyState", "UneditedStable", "node"]
+__all__ = [
+    "Assumption",
+    "CellModel",
+    "ExchangeableBatches",
+    "Guide",
+    "Lipschitz",
+    "SilentInBaseline",
+    "SteadyState",
+    "UneditedStable",
+    "node",
+]

@@ -22,7 +22,7 @@ from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.decoder import Decoder, Identity
 from perturbprob.measurement.normal import Normal
-from perturbprob.model.assumptions import Assumption, Bound, UneditedStable, bind
+from perturbprob.model.assumptions import Assumption, Bound, UneditedStable, bind, check_connected
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.condition_effect import ConditionEffect, nodes
 
@@ -60,6 +60,8 @@ def node(
     ``field(z, perturbation, media, clock)`` that returns the push (see `NeuralODE`); ``solver`` "rk4" or a method of torchdiffeq;
     ``seed`` starts the networks. The screen gives names and the share of each gene in all counts; nothing of it is kept.
 
+    Raises ValueError where batches share no condition, not even control, unless `ExchangeableBatches` is among the assumptions.
+
     Where the screen has further `assays`, each gets a head over the same state (`ProteinHead`, `WindowHead`, `OpenWindowHead`).
 
     A screen of continuous values is modelled in gene space: the state is the values, the start the mean of control at its first
@@ -75,6 +77,7 @@ def node(
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
     arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
     facts = _facts(screen) | {"assumptions": bind(assumptions, screen.with_rna)}
+    check_connected(screen, assumptions)
     arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden, "solver": solver}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

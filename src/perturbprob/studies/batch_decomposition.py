@@ -1,6 +1,5 @@
 """What makes cells differ? The variance of the expected log rate, split between state, conditions, batches and measurement noise."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -163,24 +162,8 @@ def _moments(fit: "Fit", expectation: Expectation, sites: Sites, part: Int[Tenso
     if fit.model.start is not None:
         noise = fit.model.law(sites, log_rate).variance
     else:
-        noise = interpolated_log1p(fit.model.law(sites, log_rate + fit.model.log_depth + fit.depth.median()), log1p_variance)
+        noise = interpolated_log1p(fit.model.law(sites, log_rate + fit.model.log_depth + fit.depth.median()), CountLaw.variance_log1p)
     return tuple(value.double().cpu() for value in (log_rate.mean(0), log_rate.var(0, correction=0), noise.mean(0)))
-
-
-def log1p_variance(law: CountLaw) -> Float[Tensor, "*plate gene"]:
-    """Return Var(log(1 + x)) of counts, by quadrature.
-
-    With E e^(−s x) in closed form, E log(1 + x) and E log²(1 + x) are the integrals of w(u) (1 − E e^(−s x)) e^(−s) over u = log s, with
-    w = 1 and w = −2 (u + γ), γ Euler's constant: derivatives at a = 0 of ∫ s^(a − 1) (e^(−s) − e^(−s(1 + x))) ds = Γ(a) (1 − (1 + x)^(−a)).
-    """
-    wide = [None if value is None else value.double() for value in (law.dispersion, law.gate)]
-    exact, step = CountLaw(law.log_rate.double(), *wide), 0.6  # double: two nearly equal numbers are subtracted
-    first, second = torch.zeros_like(exact.log_rate), torch.zeros_like(exact.log_rate)
-    for u in torch.arange(-30.0, 4.0, step).tolist():
-        part = step * math.exp(-math.exp(u)) * exact._missing_transform(-math.expm1(-math.exp(u)))
-        first, second = first + part, second - 2 * (u + np.euler_gamma) * part
-    share = 1.0 if exact.gate is None else 1 - exact.gate
-    return (share * second - (share * first).square()).clamp(min=0).to(law.log_rate)
 
 
 class _Sums:

@@ -75,8 +75,9 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
         raise ValueError("A loaded fit does not hold its cells: pass the screen it was trained on, sensitivity(fit, screen).")
     require_screen(screen)
     assumptions = [bound.assumption for bound in fit.model.assumptions]
-    if not assumptions:
-        raise ValueError("This fit declares no assumption, so there is none to leave out. Give them to node(screen, assumptions=[...]).")
+    optional = [a for a in assumptions if a.optional]
+    if not optional:
+        raise ValueError("This fit declares no assumption that it can do without. Give them to node(screen, assumptions=[...]).")
     if fit.model.recipe["field"] is not None:
         raise ValueError("This fit has a field of your own, which cannot be started afresh. Refit without the assumption by hand.")
     if list(map(str, screen.cells)) != fit.trained_on["cells"]:
@@ -84,11 +85,11 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
     here, spread = _answers(fit, n_draws, seed)
     again = partial(_again, fit, screen, progress=progress)
     rows = []
-    for left_out in assumptions:
+    for left_out in optional:
         other = again([a for a in assumptions if a is not left_out])
         rows.append(_row(here, spread, _answers(other, n_draws, seed)[0], _validation(other) - _validation(fit)))
     noise = _row(here, spread, _answers(again(assumptions, shift=1), n_draws, seed)[0], 0.0)["in_deviations"]
-    names = pd.Index([type(a).__name__ for a in assumptions], name="assumption")
+    names = pd.Index([type(a).__name__ for a in optional], name="assumption")
     return Sensitivity(xr.concat(rows, names).assign(noise=noise))
 
 

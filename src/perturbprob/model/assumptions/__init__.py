@@ -7,9 +7,21 @@ impossible. ``node(screen, assumptions=[...])`` puts it into the fit.
 
 from perturbprob.model.assumptions.assumption import Assumption, Bound, bind
 from perturbprob.model.assumptions.evidence import AssumptionTest
+from perturbprob.model.assumptions.exchangeable import ExchangeableBatches, check_connected
 from perturbprob.model.assumptions.lipschitz import Lipschitz
 from perturbprob.model.assumptions.silent import SilentInBaseline
 from perturbprob.model.assumptions.steady import SteadyState
 from perturbprob.model.assumptions.unedited_stable import UneditedStable
 
-__all__ = ["Assumption", "AssumptionTest", "Bound", "Lipschitz", "SilentInBaseline", "SteadyState", "UneditedStable", "bind"]
+__all__ = [
+    "Assumption",
+    "AssumptionTest",
+    "Bound",
+    "ExchangeableBatches",
+    "Lipschitz",
+    "SilentInBaseline",
+    "SteadyState",
+    "UneditedStable",
+    "bind",
+    "check_connected",
+]

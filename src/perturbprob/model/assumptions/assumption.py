@@ -70,6 +70,7 @@ class Assumption(ABC):
     """Something taken to be true of the cells, made explicit."""
 
     needs_semigroup: ClassVar[bool] = False
+    optional: ClassVar[bool] = True  # whether its screens can be fitted without it
 
     @property
     def name(self) -> str:
