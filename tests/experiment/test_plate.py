@@ -65,13 +65,25 @@ def test_covariates_stand_in_the_order_of_the_batches_of_a_screen():
     plate = read_wells(adata.obs["well"], plate=96)
     assert plate.wells == screen.batches
     np.testing.assert_array_equal(plate.well, screen.batch)
-    covariate = plate.edge_covariate(screen.batches)
-    assert (covariate.dims, tuple(covariate.batch.values)) == (("batch", "covariate"), screen.batches)
-    assert covariate.sel(covariate="edge").values.tolist() == [1.0, 1.0, 1.0, 0.0, 1.0]
-    np.testing.assert_array_equal(covariate, plate.edge_covariate())
+    covariate = plate.covariates("indicator", batches=screen.batches)
+    assert tuple(covariate.index) == screen.batches
+    assert covariate["edge"].tolist() == [1.0, 1.0, 1.0, 0.0, 1.0]
+    pd.testing.assert_frame_equal(covariate, plate.covariates("indicator"))
     joint = pb.Screen.concat({"lab1": screen, "lab2": screen[:3]})
-    again = read_wells(joint.batches).edge_covariate(joint.batches)
+    again = read_wells(joint.batches).covariates("indicator", batches=joint.batches)
     np.testing.assert_array_equal(again[: len(screen.batches)], covariate)
+
+
+def test_edge_terms_and_neighbours_of_a_whole_plate():
+    rows, columns = PLATES[24]
+    plate = read_wells(all_wells(24), plate=24)
+    table = plate.covariates("radial", neighbours=True)
+    assert (list(table.columns), tuple(table.index)) == (["radius_squared", "neighbours"], plate.wells)
+    radial, beside = (table.loc[all_wells(24), name].to_numpy().reshape(rows, columns) for name in table)
+    np.testing.assert_allclose(radial, (np.linspace(-1, 1, rows)[:, None] ** 2 + np.linspace(-1, 1, columns) ** 2) / 2)
+    assert beside.tolist() == [[2, 3, 3, 3, 3, 2], [3, 4, 4, 4, 4, 3], [3, 4, 4, 4, 4, 3], [2, 3, 3, 3, 3, 2]]
+    assert list(plate.covariates("indicator").columns) == ["edge"]
+    assert plate.covariates(None, neighbours=True)["neighbours"].equals(table["neighbours"])
 
 
 def test_misuse():
@@ -90,4 +102,8 @@ def test_misuse():
     with pytest.raises(ValueError, match="no well to read"):
         read_wells([])
     with pytest.raises(ValueError, match=r"1 batch \(A3\) without a well in this plate map\. Did you mean 'A1'"):
-        read_wells(["A1", "B1"]).edge_covariate(["A3"])
+        read_wells(["A1", "B1"]).covariates(batches=["A3"])
+    with pytest.raises(ValueError, match=r"Unknown edge='rim'\. Use 'radial', 'indicator' or None"):
+        read_wells(["A1"]).covariates("rim")
+    with pytest.raises(ValueError, match="leaves no covariate"):
+        read_wells(["A1"]).covariates(None)

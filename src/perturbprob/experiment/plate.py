@@ -8,7 +8,6 @@ from typing import final
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 from jaxtyping import Int64
 from numpy.typing import ArrayLike
 
@@ -43,19 +42,31 @@ class Plate:
     place: pd.DataFrame
     shape: tuple[int, int]
 
-    def edge_covariate(self, batches: Sequence[str] | None = None) -> xr.DataArray:
-        """Return what a batch effect may depend on: a DataArray (batch, covariate) with ``edge``, 0 or 1, and ``radius``.
+    def covariates(self, edge: str | None = "radial", *, neighbours: bool = False, batches: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return what the batch effects of wells may depend on, a row for each: ``node(screen, batch_effect=plate.covariates())``.
 
-        ``batches``: such as ``screen.batches``, each the name of a well; by default ``wells``. Raises ValueError for another name.
+        - ``edge``: "radial", a smooth term ``radius_squared``, the square of ``radius``; "indicator", ``edge``, 1 on the rim and 0 inside;
+          or None, no such term.
+        - ``neighbours``: adds ``neighbours``, how many of the four wells beside it are among the plate's ``wells``.
+        - ``batches``: the names of the rows, such as ``screen.batches``, each a well; by default ``wells``.
 
-        >>> read_wells(["A1", "D6"], plate=96).edge_covariate(["D6", "A1"]).sel(covariate="edge").values
-        array([0., 1.])
+        Raises ValueError for another word, for no term at all, and for a batch that is no well of this plate map.
+
+        >>> read_wells(["A1", "A2", "D6"], plate=96).covariates("indicator", neighbours=True).to_dict("list")
+        {'edge': [1.0, 1.0, 0.0], 'neighbours': [1.0, 1.0, 0.0]}
         """
+        terms = {"radial": ("radius_squared", self.place["radius"] ** 2), "indicator": ("edge", self.place["edge"])}
+        if edge not in (None, *terms):
+            raise ValueError(f"Unknown edge={edge!r}. Use 'radial', 'indicator' or None.")
+        if edge is None and not neighbours:
+            raise ValueError("edge=None without neighbours leaves no covariate. Leave batch_effect= out instead.")
+        table = pd.DataFrame(index=self.place.index) if edge is None else pd.DataFrame(dict([terms[edge]]))
+        if neighbours:
+            table["neighbours"] = np.bincount(self.neighbours.ravel(), minlength=len(self.wells))
         names = list(self.wells if batches is None else batches)
-        if unknown := [name for name in names if name not in self.place.index]:
+        if unknown := [name for name in names if name not in table.index]:
             raise ValueError(f"{some(unknown, 'batch', 'batches')} without a well in this plate map. {nearest(unknown[0], self.wells)}")
-        values = self.place.loc[names, ["edge", "radius"]].to_numpy(np.float64)
-        return xr.DataArray(values, {"batch": names, "covariate": ["edge", "radius"]}, ("batch", "covariate"), "plate")
+        return table.loc[names].astype(float)
 
     @cached_property
     def neighbours(self) -> Int64[np.ndarray, "pair 2"]:
