@@ -130,6 +130,23 @@ def test_a_cell_without_rna_is_seen_through_its_other_assays(
     assert np.isfinite(pb.log_density(again, screen, 3, n_draws=2, progress=False)).all()
 
 
+def test_features_that_a_perturbation_moves_by_themselves_are_found() -> None:
+    """A knock-out moves five proteins and no RNA at all: the latent state and the RNA of genes cannot carry that."""
+    rng, n, moved = np.random.default_rng(0), 400, np.where(np.arange(12) < 5, [0.8, -0.8] * 6, 0.0)
+    knocked, rna = np.arange(n) % 2, rng.poisson(5, (n, 6)).astype(np.float32)
+    adata = AnnData(rna, obs=pd.DataFrame({"perturbation": np.array(["control", "A"])[knocked]}, index=[f"c{k}" for k in range(n)]))
+    adata.var_names = ["A", *(f"g{k}" for k in range(5))]
+    level = np.linspace(3, 30, 12)
+    adata.obsm["surface"] = rng.poisson(level * np.exp(np.outer(knocked, moved)))
+    protein = pb.Assay.from_anndata(adata, kind="protein", obsm="surface", size_factor=np.ones(n))
+    screen = pb.Screen.from_anndata(adata, perturbation_type="knockout").with_assays({"protein": protein})
+    predicted = np.log(pb.predict_assay(fitted(screen), assay="protein", n_draws=20)["mean"].values)
+    assert np.corrcoef(predicted[1] - predicted[0], moved)[0, 1] > 0.95
+    assert np.polyfit(moved, predicted[1] - predicted[0], 1)[0] > 0.7
+    for k in (0, 1):  # levels too, of control and of the knock-out
+        np.testing.assert_allclose(predicted[k], np.log(level) + k * moved, atol=0.25)
+
+
 # Everything a fit can do.
 
 
@@ -143,6 +160,7 @@ def test_a_fit_of_three_assays_is_saved_and_asked(fit: pb.Fit, screen: pb.Screen
     draws = pb.posterior(fit, 3).posterior
     assert draws["protein_background"].dims == ("chain", "draw", "protein_feature")
     assert list(draws["atac_feature"].values) == list(screen.assays["atac"].features)
+    assert draws["atac_condition_effect"].dims == ("chain", "draw", "node", "atac_feature")
     assert set(draws["protein_batch_effect"].dims) == {"chain", "draw", "batch", "protein_feature"}
 
 
@@ -160,6 +178,12 @@ def test_misuse(fit: pb.Fit, screen: pb.Screen) -> None:
         pb.predict_assay(fit, assay="proteins")
     with pytest.raises(ValueError, match="Batch 'lane9' is none whose protein was fitted"):
         pb.predict_assay(fit, assay="protein", batch="lane9")
+    with pytest.raises(ValueError, match=r"adapt estimates η of the RNA alone; what batch 'new' does to the assay 'protein' would stay 0"):
+        pb.adapt(fit, screen, "new")
+    with pytest.raises(ValueError, match=r"𝓕 is from RNA to RNA, .* fit the RNA alone, node\(screen.with_assays"):
+        pb.projected(fit, screen.conditions[-1])
+    with pytest.raises(ValueError, match=r"joins RNA, and 'here' has other assays: leave them out with screen.with_assays"):
+        pb.Screen.concat({"here": screen, "there": screen})
     with pytest.raises(ValueError, match="compares RNA only, and the model has the assay 'protein' too"):
         pb.fit(fit.model, screen, objective="paths", epochs=1)
 

@@ -34,7 +34,8 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
     ``batch_effect="state"`` it is constant over states and media. Of continuous values, η is the mean of x − m.
 
     ``cells`` holds cells of that batch: those labelled so, or all where there is one batch only. Raises ValueError for a batch that
-    the fit knows, for cells of other batches only, and for a fit of one batch, in which η has no scale.
+    the fit knows, for cells of other batches only, for cells with further assays, of whose η the RNA says nothing, and for a fit of one
+    batch, in which η has no scale.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=300, n_genes=10, n_perturbations=2, seed=1).screen
@@ -61,6 +62,11 @@ def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:
     """Return the cells of the new batch; refuse what is none."""
     if batch in fit.model.vocabulary.batches:
         raise ValueError(f"The fit knows batch {batch!r} already. Give the name of a batch that it has not seen.")
+    if cells.assays:
+        raise ValueError(
+            f"adapt estimates η of the RNA alone; what batch {batch!r} does to the assay {next(iter(cells.assays))!r} would stay 0. Leave "
+            "the assays out, cells.with_assays({}), and take predictions of them in batches that were fitted."
+        )
     if fit.model.batch_effect.n_batches == 1:
         raise ValueError("The fit has one batch, so how far batches differ was never seen. Fit a screen of several batches to adapt it.")
     if batch in cells.batches:

@@ -49,6 +49,11 @@ ASSAY_DIMS: dict[str, tuple[str, ...]] = {
     "dispersion": ("feature",),
     "background": ("feature",),
     "background_weight": ("feature",),
+    "condition_scale": ("term",),
+    "condition_gene_scale": ("feature",),
+    "condition_local_scale": ("term", "feature"),
+    "condition_memory": (),
+    "condition_effect": ("node", "feature"),
     "batch_effect": ("batch", "feature"),
     "batch_scale_overall": (),
     "batch_scale": ("feature",),
@@ -90,7 +95,7 @@ def prior(model: "CellModel", screen: "Screen", n_draws: int = 200, *, seed: int
 
 def _of_assay(name: str, site: str) -> tuple[str, ...]:
     """Return the dimensions of a site of an assay."""
-    return tuple(dim if dim == "batch" else f"{name}_{dim}" for dim in ASSAY_DIMS[site])
+    return tuple(dim if dim in ("batch", "term", "node") else f"{name}_{dim}" for dim in ASSAY_DIMS[site])
 
 
 def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "InferenceData":

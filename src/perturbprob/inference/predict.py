@@ -272,7 +272,7 @@ class Expectation:
 
     def complete(self, sites: Sites) -> Sites:
         """Return one draw of the global sites with the effects of nodes that were not measured drawn too, and of a new batch."""
-        sites = self.model.condition_effect.completed(sites, self.extra)
+        sites = self.model.completed(sites, self.extra)
         return self.model.batch_effect.with_new(sites) if (self.batch == self.new).any() else sites
 
     @torch.no_grad()
@@ -290,10 +290,10 @@ class Expectation:
     @torch.no_grad()
     def assay_means(self, sites: Sites, part: Int[Tensor, " part"], name: str) -> Float[Tensor, "part feature"]:
         """Return the mean over cells of each row of a further assay's counts, at size factor 1."""
-        state, head = self._state(part, sites), self.model.assays[name]
-        eta = head.eta(sites, self.batch[part], state.z, state.media)
-        share = self.model.log_shares(sites, state, self.rows[part])
-        return head(sites, state.z, share, torch.zeros_like(share[..., 0]), eta).mean.mean(0)
+        state, rows = self._state(part, sites), self.rows[part]
+        share = self.model.log_shares(sites, state, rows)
+        law = self.model.assayed(name, sites, state, share, torch.zeros_like(share[..., 0]), rows, self.batch[part])
+        return law.mean.mean(0)
 
     def _state(self, part: Int[Tensor, " part"], sites: Sites) -> CellState:
         """Carry the rest states through the protocols of some rows."""

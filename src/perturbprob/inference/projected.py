@@ -32,7 +32,7 @@ class Projected:
         self.origin = [s.to(device) for s in names.encode([Protocol([Wait(p.time)]) for p in conditions])]
         parts = [effect.parts(p, names.time_scale) for p in conditions]
         extra = effect.unknown(parts)
-        self.rows, self.sites = effect.rows(parts, extra).to(device), effect.completed(sites, extra)
+        self.rows, self.sites = effect.rows(parts, extra).to(device), self.model.completed(sites, extra)
         self.come, self.go = (
             torch.full((len(conditions),), -1 if b is None else names.batch_code(b), device=device) for b in (batch_from, batch_to)
         )
@@ -88,7 +88,7 @@ def projected(
     if fit.model.start is None and not fit.guide.encodes:
         raise ValueError("A fit with objective='paths' of counts has no V⁻¹ from counts to states. Fit with objective='elbo'.")
     if fit.model.assays:
-        raise ValueError("𝓕 is from RNA to RNA, and this fit has seen further assays: fit the RNA alone, screen.assays left out.")
+        raise ValueError("𝓕 is from RNA to RNA, and this fit has seen further assays: fit the RNA alone, node(screen.with_assays({})).")
     several = [conditions] if isinstance(conditions, Protocol | Action) else list(conditions)
     with torch.no_grad():
         sites = centre(fit.model, fit.guide) if sites is None else sites

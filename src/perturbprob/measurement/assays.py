@@ -138,9 +138,10 @@ class AssayHead(nn.Module, ABC):
         log rate_f = log ℓ + log level_f + network(z)_f + coupling_f · (log share_g − its average) + η^b_f
 
     Each assay has a size factor ℓ, a network, levels, dispersions and zero-sum batch effects of its own; the names of its sites begin with
-    its name. The term with ``coupling`` is there for features that name a gene g whose RNA is measured: these share the RNA's coordinates
-    and its map (D.1), so what a perturbation does to the RNA of single genes reaches them. Features that name none have the
-    network alone: they are tied to RNA by the law of z. What depends on z only can go through either term, so the two
+    its name. `CellModel` adds what a condition does to single features, a `ConditionEffect` of the assay's own, to η^b. The term with
+    ``coupling`` is there for features that name a gene g whose RNA is measured: these share the RNA's coordinates and its map (D.1), so
+    what a perturbation does to the RNA of single genes reaches them. Features that name none have the network alone: they are
+    tied to RNA by the law of z. What depends on z only can go through either term, so the two
     are not to be told apart there. Rates are not made to sum to one.
 
     ``level`` is the average count of each feature at size factor 1, ``gene`` the place of its gene among the RNA's or −1, ``log_share`` the

@@ -19,7 +19,7 @@ from perturbprob.measurement.counts import CountHead
 from perturbprob.measurement.decoder import Decoder, Identity
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
-from perturbprob.model.condition_effect import ConditionEffect
+from perturbprob.model.condition_effect import ConditionEffect, Node
 
 if TYPE_CHECKING:
     from perturbprob.model.assumptions import Bound
@@ -62,6 +62,8 @@ class CellModel(PyroModule):
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
         self.batch_effect, self.condition_effect = batch_effect, condition_effect
         self.assays = cast("dict[str, AssayHead]", nn.ModuleDict(assays or {}))
+        own = {name: ConditionEffect(condition_effect.nodes, len(head.features), name) for name, head in self.assays.items()}
+        self.assay_effects = cast("dict[str, ConditionEffect]", nn.ModuleDict(own))
         self.n_latent, self.n_hidden = n_latent, n_hidden
         self.assumptions = tuple(assumptions)
         for bound in self.assumptions:
@@ -94,7 +96,9 @@ class CellModel(PyroModule):
         if self.start is None:  # a known start is a known bias
             bias = pyro.sample("gene_bias", dist.Normal(self.log_share, 1.0).to_event(1))
         own = {name: value for part in (*self.assays.values(), *self.assumptions) for name, value in part.globals().items()}
-        return {**eta, "gene_bias": bias, **self.condition_effect(), **self.effects(), **measurement, **own}
+        for effect in (self.condition_effect, *self.assay_effects.values()):
+            own |= effect()
+        return {**eta, "gene_bias": bias, **self.effects(), **measurement, **own}
 
     def effects(self) -> dict[str, Tensor]:
         """Sample what each perturbation and media adds to the push, with a scale per perturbation."""
@@ -151,11 +155,30 @@ class CellModel(PyroModule):
         yield "counts", law if cells.present is None else law.mask(cells.present[:, None]), cells.counts
         if self.assays:
             log_share = self.log_shares(sites, state, cells.rows)
-        for name, head in self.assays.items():
+        for name in self.assays:
             seen = cells.assays[name]
-            eta = head.eta(sites, cells.batch, state.z, state.media)
-            law = head(sites, state.z, log_share, seen.log_size_factor, eta)
+            law = self.assayed(name, sites, state, log_share, seen.log_size_factor, cells.rows, cells.batch)
             yield f"{name}_counts", law.mask(seen.present[:, None]), seen.counts
+
+    def assayed(
+        self,
+        name: str,
+        sites: dict[str, Tensor],
+        state: CellState,
+        log_share: Float[Tensor, "*plate cell gene"],
+        log_size_factor: Float[Tensor, "*#plate cell"],
+        rows: Int[Tensor, "cell part"],
+        batch: Int[Tensor, " cell"],
+    ) -> dist.Distribution:
+        """Return the law of a further assay's counts; what its conditions and batches do to single features is its own."""
+        head, effect = self.assays[name], self.assay_effects[name].total(sites[f"{name}_condition_effect"], rows)
+        return head(sites, state.z, log_share, log_size_factor, effect + head.eta(sites, batch, state.z, state.media))
+
+    def completed(self, sites: dict[str, Tensor], extra: Sequence[Node]) -> dict[str, Tensor]:
+        """Return one draw of the global sites with a draw of the effects of ``extra`` nodes behind those that were measured."""
+        for effect in (self.condition_effect, *self.assay_effects.values()):
+            sites = effect.completed(sites, extra)
+        return sites
 
     def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> dist.Distribution:
         """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""

@@ -106,7 +106,7 @@ class CellTable:
 
     def sites(self, draw: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return one draw of the global sites with the condition effects of this screen's own conditions added."""
-        return self.model.condition_effect.completed(draw, self.extra)
+        return self.model.completed(draw, self.extra)
 
     def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
         """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells."""

@@ -112,12 +112,14 @@ class ConditionEffect(PyroModule):
     r_term(t) ~ OU(0 at t = 0, scale_term · scale_gene · local_term,gene, memory), log scale_term ~ Normal(log 0.05, 1),
     log scale_gene ~ Normal(0, 0.5), log local ~ Normal(0, 1), log memory ~ Normal(0, 0.5) in median waits. What is not needed shrinks to 0,
     and the local scale lets the few genes that a perturbation really moves go free; at a time between or beyond those
-    measured the path is conditioned on its neighbours, so intervals widen by themselves.
+    measured the path is conditioned on its neighbours, so intervals widen by themselves. The features of a further assay have
+    effects of their own in the same way; ``assay`` then comes before the names of the sites.
     """
 
-    def __init__(self, nodes: Sequence[Node], n_genes: int) -> None:
+    def __init__(self, nodes: Sequence[Node], n_genes: int, assay: str = "") -> None:
         """Order the nodes into paths."""
         super().__init__()
+        self.prefix = f"{assay}_condition" if assay else "condition"
         self.nodes = tuple(sorted(nodes, key=lambda n: (n.term, n.time)))
         self.n_genes = n_genes
         self.terms = tuple(dict.fromkeys(n.term for n in self.nodes))
@@ -140,19 +142,22 @@ class ConditionEffect(PyroModule):
     def forward(self) -> dict[str, Tensor]:
         """Sample the paths, one row per node, with their scales and memory, above the cell plate."""
         if not self.nodes:
-            return {"condition_effect": self.gap.new_zeros(0, self.n_genes)}
+            return {f"{self.prefix}_effect": self.gap.new_zeros(0, self.n_genes)}
         zero, genes = self.gap.new_zeros(len(self.terms)), self.gap.new_zeros(self.n_genes)
-        scale = pyro.sample("condition_scale", dist.LogNormal(zero - 3.0, 1.0).to_event(1))
-        gene_scale = pyro.sample("condition_gene_scale", dist.LogNormal(genes, 0.5).to_event(1))
-        memory = pyro.sample("condition_memory", dist.LogNormal(self.gap.new_tensor(0.0), 0.5))
-        local = pyro.sample("condition_local_scale", dist.LogNormal(zero[:, None] + genes, 1.0).to_event(2))
-        sites = {"condition_scale": scale, "condition_gene_scale": gene_scale, "condition_local_scale": local, "condition_memory": memory}
-        return sites | {"condition_effect": pyro.sample("condition_effect", self.law(sites))}
+        laws = {
+            "scale": dist.LogNormal(zero - 3.0, 1.0).to_event(1),
+            "gene_scale": dist.LogNormal(genes, 0.5).to_event(1),
+            "memory": dist.LogNormal(self.gap.new_tensor(0.0), 0.5),
+            "local_scale": dist.LogNormal(zero[:, None] + genes, 1.0).to_event(2),
+        }
+        sites = {(name := f"{self.prefix}_{part}"): pyro.sample(name, law) for part, law in laws.items()}
+        return sites | {(name := f"{self.prefix}_effect"): pyro.sample(name, self.law(sites))}
 
     def law(self, sites: dict[str, Tensor]) -> FromRest:
         """Return the prior of all paths given their scales and memory."""
-        scale = sites["condition_scale"][:, None] * sites["condition_gene_scale"] * sites["condition_local_scale"]
-        return FromRest(scale[self.term], self.gap, sites["condition_memory"], self.previous, self.depth)
+        of_term, of_gene, local = (sites[f"{self.prefix}_{part}"] for part in ("scale", "gene_scale", "local_scale"))
+        scale = of_term[:, None] * of_gene * local
+        return FromRest(scale[self.term], self.gap, sites[f"{self.prefix}_memory"], self.previous, self.depth)
 
     def parts(self, protocol: Protocol, time_scale: float) -> list[Node]:
         """Return the nodes that add up in a condition; none where the model has no condition effects at all."""
@@ -177,7 +182,8 @@ class ConditionEffect(PyroModule):
         """Return one draw of the global sites with a draw of the effects of ``extra`` nodes behind the others."""
         if not extra:
             return sites
-        return sites | {"condition_effect": torch.cat([sites["condition_effect"], self.extended(sites, extra)])}
+        name = f"{self.prefix}_effect"
+        return sites | {name: torch.cat([sites[name], self.extended(sites, extra)])}
 
     def expected(self, sites: dict[str, Tensor], nodes: Sequence[Node]) -> Float[Tensor, "extra gene"]:
         """Return the mean of nodes given one draw of those that were measured, without a random draw; of a measured node, its value.
@@ -189,11 +195,11 @@ class ConditionEffect(PyroModule):
             return self.gap.new_zeros(0, self.n_genes)
         found = [self._neighbours(node) for node in nodes]
         before, after = (torch.tensor(rows, device=self.gap.device) for rows in zip(*(rows for rows, _ in found), strict=True))
-        ahead, behind = self.gap.new_tensor([gaps for _, gaps in found]).T / sites["condition_memory"]
+        ahead, behind = self.gap.new_tensor([gaps for _, gaps in found]).T / sites[f"{self.prefix}_memory"]
         width = torch.expm1(-2 * (ahead + behind))
         share_behind = torch.exp(-behind) * torch.expm1(-2 * ahead) / width
         share_ahead = torch.exp(-ahead) * torch.expm1(-2 * behind) / width
-        effect = torch.nn.functional.pad(sites["condition_effect"], (0, 0, 0, 1))
+        effect = torch.nn.functional.pad(sites[f"{self.prefix}_effect"], (0, 0, 0, 1))
         return share_behind[:, None] * effect[before] + share_ahead[:, None] * effect[after]
 
     def _neighbours(self, node: Node) -> tuple[tuple[int, int], tuple[float, float]]:
@@ -216,18 +222,18 @@ class ConditionEffect(PyroModule):
     def _draw(self, sites: dict[str, Tensor], term: Term, times: Sequence[float]) -> Float[Tensor, "extra gene"]:
         """Draw one term's path at new times from the Gaussian law conditioned on its own nodes."""
         own = [k for k, n in enumerate(self.nodes) if n.term == term]
-        if "condition_scale" not in sites:
+        if f"{self.prefix}_scale" not in sites:
             return self.gap.new_zeros(len(times), self.n_genes)
-        scales = sites["condition_scale"]
+        scales = sites[f"{self.prefix}_scale"]
         number = self.terms.index(term) if own else -1
-        local = sites["condition_local_scale"][number] if own else torch.randn(self.n_genes).to(scales).exp()
-        scale = (scales[number] if own else scales.median()) * sites["condition_gene_scale"] * local
+        local = sites[f"{self.prefix}_local_scale"][number] if own else torch.randn(self.n_genes).to(scales).exp()
+        scale = (scales[number] if own else scales.median()) * sites[f"{self.prefix}_gene_scale"] * local
         at = torch.tensor([*(self.nodes[k].time for k in own), *times], dtype=torch.float64)
-        memory, n = sites["condition_memory"].double().cpu(), len(own)
+        memory, n = sites[f"{self.prefix}_memory"].double().cpu(), len(own)
         kernel = torch.exp(-(at[:, None] - at).abs() / memory) - torch.exp(-(at[:, None] + at) / memory)
         gain = torch.linalg.solve(kernel[:n, :n] + 1e-9 * torch.eye(n, dtype=at.dtype), kernel[:n, n:]).T
         spread = kernel[n:, n:] - gain @ kernel[:n, n:]
         values, vectors = torch.linalg.eigh((spread + spread.T) / 2)
         root = (vectors * values.clamp(min=0).sqrt()).to(scale)
-        known = sites["condition_effect"][own] if own else scale.new_zeros(0, self.n_genes)
+        known = sites[f"{self.prefix}_effect"][own] if own else scale.new_zeros(0, self.n_genes)
         return gain.to(scale) @ known + (root @ torch.randn(len(times), self.n_genes).to(scale)) * scale

@@ -17,6 +17,7 @@ from perturbprob.experiment.moments import Moments, membership, relative_counts
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
+from perturbprob.model.condition_effect import FromRest
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -270,6 +271,8 @@ def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " 
 def _middle(site: dict) -> Tensor:
     """Return the median of a site's prior, or a draw where it has none."""
     law = site["fn"]
+    if isinstance(law, FromRest):
+        return torch.zeros_like(site["value"])
     while isinstance(law, torch.distributions.Independent):
         law = law.base_dist
     if isinstance(law, torch.distributions.TransformedDistribution):
