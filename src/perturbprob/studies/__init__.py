@@ -4,6 +4,7 @@ from perturbprob.studies import baselines
 from perturbprob.studies.batch_decomposition import decompose_batches
 from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
+from perturbprob.studies.depth_effects import depth_effects
 from perturbprob.studies.mean_decomposition import decompose_means
 from perturbprob.studies.predictive_check import predictive_check
 from perturbprob.studies.proof_of_principle import proof_of_principle
@@ -15,6 +16,7 @@ __all__ = [
     "batch_error",
     "decompose_batches",
     "decompose_means",
+    "depth_effects",
     "improve_layout",
     "plan_batches",
     "predictive_check",
