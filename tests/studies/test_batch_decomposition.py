@@ -106,7 +106,7 @@ def test_batches_nested_in_a_factor_are_one_source_with_it(screen: pb.Screen) ->
     media = np.array([p.media == "drug" for p in screen.conditions])[screen.condition]
     batch = screen.batch + 2 * media
     nested = replace(screen, batches=("a", "b", "c", "d"), batch=batch)
-    fit = pb.fit(pb.node(nested, 2), nested, epochs=1, progress=False)
+    fit = pb.fit(pb.node(nested, 2, assumptions=[pb.ExchangeableBatches()]), nested, epochs=1, progress=False)
     parts = pb.decompose_batches(fit, n_draws=2, n_states=4, progress=False)
     assert parts.batch_source == "media/batch"
     assert parts.table["batch"].values.tolist() == ["a", "b", "c", "d"]
