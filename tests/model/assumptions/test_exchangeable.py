@@ -61,7 +61,7 @@ def test_declared_exchangeable_batch_effects_are_found_within_parts(tmp_path: Pa
     eta = np.random.default_rng(1).normal(0, 0.3, (4, 10))
     screen = screen_of(rows, eta)
     model = pb.node(screen, 1, n_hidden=8, assumptions=[pb.ExchangeableBatches(), pb.UneditedStable()])
-    fit = pb.fit(model, screen, epochs=25, learning_rate=0.03, progress=False)
+    fit = pb.fit(model, screen, epochs=80, learning_rate=0.05, minibatch=500, validation=0.0, progress=False)
     found = pb.posterior(fit, 200).posterior["batch_effect"].squeeze("chain").values
     share = np.exp(LEVEL) / np.exp(LEVEL).sum()
     truth = eta - (eta * share).sum(1, keepdims=True)
