@@ -8,9 +8,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from scipy import stats
-from scipy.sparse import csr_matrix
 
-from perturbprob.experiment.screen import Screen
 from perturbprob.experiment.simulate import simulate
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import nodes
