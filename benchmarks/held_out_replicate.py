@@ -8,6 +8,7 @@ those cells. Beside it stand
 
 - ``none``: the fit at η = 0, and ``average``: its mean over the fitted replicates;
 - ``shift``: ``average``, and on top of it what is left of the control cells of the hidden replicate;
+- ``adapt_shift``: the same on top of ``adapt``;
 - ``data_shift``: no model: the mean of the condition over the cells of the other replicates, and on top the difference of controls;
 - ``floor``: the part of the error that is due to sampling the hidden cells, their variance over their number.
 
@@ -78,16 +79,17 @@ def held_out(screen: pb.Screen, name: str, *, epochs: int, n_draws: int, seed: i
     new = new[np.isin(new.condition, known)]
     observed, variance = moments(new)
     average = predicted(fit, new, others, n_draws)
-    left = moments(controls)[0] - predicted(fit, controls, others, n_draws)
+    seen_in_controls = moments(controls)[0]
     seen, order = moments(train)[0], [train.conditions.index(p) for p in new.conditions]
     control = next(c for c, p in enumerate(train.conditions) if not p.perturbations)
     guesses = {
         "adapt": predicted(adapted, new, [name], n_draws),
         "none": predicted(fit, new, [None], n_draws),
         "average": average,
-        "shift": average + left,
-        "data_shift": seen[order] + moments(controls)[0] - seen[control],
+        "shift": average + seen_in_controls - predicted(fit, controls, others, n_draws),
+        "data_shift": seen[order] + seen_in_controls - seen[control],
     }
+    guesses["adapt_shift"] = guesses["adapt"] + seen_in_controls - predicted(adapted, controls, [name], n_draws)
     errors = {guess: ((value - observed) ** 2).mean(1) for guess, value in guesses.items()}
     return errors | {"floor": variance.mean(1), "cells": np.bincount(new.condition)}
 
@@ -96,7 +98,7 @@ def compared(errors: dict[str, np.ndarray], seed: int = 0) -> dict[str, object]:
     """Return mean errors, and differences of ``adapt`` to the others, paired over conditions."""
     resampled = np.random.default_rng(seed).integers(0, len(errors["adapt"]), (4000, len(errors["adapt"])))
     found: dict[str, object] = {name: round(float(np.nanmean(value)), 5) for name, value in errors.items() if name != "cells"}
-    for name in ("none", "average", "shift", "data_shift"):
+    for name in ("none", "average", "shift", "adapt_shift", "data_shift"):
         difference = errors["adapt"] - errors[name]
         low, high = np.quantile(difference[resampled].mean(1), (0.05, 0.95))
         better = f"better in {(difference < 0).sum()} of {len(difference)} conditions"
