@@ -31,8 +31,9 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
     Normal(0, c τ_g²). τ_g is learnt from how the fitted batches differ among themselves, which may be few and alike; c, common to all
     genes, is how much further off the new one is (`widening`). It asks nothing of q(z | x), which has never seen the batch and would
     take part of η for states of the cells. The law kept is normal per gene, with mean and variance over draws. Fold changes are known
-    from the other batches, so control cells alone will do. A new batch is not part of the zero sum: its η is relative to the average of those fitted. In a fit with
-    ``batch_effect="state"`` it is constant over states and media. Of continuous values, η is the mean of x − m.
+    from the other batches, so control cells alone will do. A new batch is not part of the zero sum: its η is relative to the average of
+    those fitted. In a fit with ``batch_effect="state"`` it is constant over states and media. Of continuous values, η is the mean of
+    x − m.
 
     ``cells`` holds cells of that batch: those labelled so, or all where there is one batch only. Raises ValueError for a batch that
     the fit knows, for cells of other batches only, and for a fit of one batch, in which η has no scale.
