@@ -8,6 +8,7 @@ import torch
 
 import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
+from perturbprob.inference.adapt import widening
 
 SHORT = {"n_draws": 20, "progress": False}
 
@@ -44,6 +45,22 @@ def truth(simulation: Simulation) -> np.ndarray:
     eta, share = simulation.truth["batch_effect"].values, simulation.truth["rate_share"].values[0]
     own = eta[3] - eta[:3].mean(0)
     return own - (own * share).sum() / share.sum()
+
+
+@pytest.mark.parametrize("wide", [0.5, 1.0, 30.0])
+def test_how_much_further_off_a_new_batch_is_comes_from_its_genes(wide: float) -> None:
+    """The maximum of the marginal likelihood, by a finer search; ten genes that say 1 count for little among 4,000."""
+    generator = torch.Generator().manual_seed(3)
+    prior, variance = (torch.rand(4000, generator=generator) * scale + 0.01 for scale in (0.1, 0.05))
+    mode = torch.randn(4000, generator=generator) * (wide * prior + variance).sqrt()
+    grid = torch.logspace(-2, 3, 2001)
+    total = grid[:, None] * prior + variance
+    best = grid[(total.log() + mode.square() / total).sum(1).argmin()]
+    assert float(widening(mode, variance, prior)) == pytest.approx(float(best), rel=0.05)
+
+
+def test_a_handful_of_genes_does_not_decide_how_far_off_a_batch_is() -> None:
+    assert float(widening(torch.tensor([3.0]), torch.tensor([0.01]), torch.tensor([1.0]))) < 2
 
 
 @pytest.mark.slow

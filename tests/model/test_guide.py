@@ -8,13 +8,12 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from scipy import stats
-from scipy.sparse import csr_matrix
 
-from perturbprob.experiment.screen import Screen
 from perturbprob.experiment.simulate import simulate
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import nodes
-from perturbprob.model.guide import OVERDISPERSION, Guide, node_design
+from perturbprob.model.guide import Guide, node_design
+from perturbprob.model.overdispersion import LEAST, Overdispersion
 from perturbprob.model.structures import CONTINUOUS, HEADS, node
 
 N_CELLS, N_GENES = 60, 7
@@ -237,7 +236,7 @@ def test_log_density_of_the_globals_is_that_of_the_described_law(screen):
     site = trace.nodes["dispersion"]
     loc, scale = (part.detach().double().numpy() for part in (guide.dispersion_loc, guide.dispersion_log_scale.exp()))
     theta = site["value"].double().numpy()
-    line = np.log(np.expm1(20 / theta)) / 20  # θ = 20 / log(1 + exp(20 u))
+    line = np.log(np.expm1(20 * (1 / theta - LEAST))) / 20  # 1 / θ = log(1 + exp(20 u)) / 20 + least
     slope = theta**2 / (1 + np.exp(-20 * line))
     assert float(site["log_prob_sum"]) == pytest.approx((stats.norm.logpdf(line, loc, scale) - np.log(slope)).sum(), rel=1e-4)
     site, scale = trace.nodes["gene_block"], guide.block_log_scale.detach().exp()
@@ -249,14 +248,60 @@ def test_log_density_of_the_globals_is_that_of_the_described_law(screen):
         assert float(trace.nodes[name]["log_prob_sum"]) == 0.0
 
 
-def test_dispersions_of_genes_with_hardly_a_count_start_where_no_draw_overflows():
-    adata = simulate(n_cells=100, n_genes=40, n_perturbations=2, times=(1.0,), n_batches=2, seed=0).adata
-    rare = np.arange(40) > 5
-    adata.X = csr_matrix(adata.X.toarray() * ~rare + (np.arange(100)[:, None] % 50 == np.arange(40) % 50) * rare * 3)
-    screen = Screen.from_anndata(adata, batch="batch")
-    model = node(screen, 2, n_hidden=8)
-    guide = Guide(model, node_design(model, screen))
+def test_a_wide_law_of_a_dispersion_has_finite_gradients_at_the_poisson_end(screen):
+    """Of a gene with hardly a count the law of u becomes wide in training; 1/θ would be 0 in the tail."""
+    model, guide, cells = make(screen)
+    with torch.no_grad():
+        guide.dispersion_loc.fill_(18.0)
+        guide.dispersion_log_scale.fill_(np.log(20.0))
+    elbo = Trace_ELBO()(model, guide)
+    torch.manual_seed(1)
+    for _ in range(20):
+        elbo.zero_grad()
+        loss = elbo(cells)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(parameter.grad).all() for parameter in elbo.parameters())
+
+
+def test_the_line_of_overdispersion_goes_both_ways():
+    line = torch.tensor([-0.2, 0.0, 0.7, 30.0], dtype=torch.double)
+    to = Overdispersion()
+    torch.testing.assert_close(to.inv(to(line)), line)
+    slope = torch.autograd.functional.jacobian(to, line).diagonal()
+    torch.testing.assert_close(to.log_abs_det_jacobian(line, to(line)), slope.abs().log())
+    assert torch.isfinite(Overdispersion()(torch.tensor([-1e3, 1e3]))).all()
+    assert torch.isfinite(Overdispersion().inv(torch.tensor([1e4, 1e5]))).all()
+
+
+def test_batch_effects_start_at_a_regression_of_the_means(screen):
+    """Against weighted least squares with a column for each condition, and the ridge that the scales name."""
+    model, guide, _ = make(screen, batch_effect="state")
     guide.start(model, screen)
-    assert (guide.dispersion_loc - 6 * guide.dispersion_log_scale.exp() > -4.001).all()
-    assert (guide.dispersion_loc - 6.1 * guide.dispersion_log_scale.exp() < -4).any()
-    assert torch.isfinite(OVERDISPERSION(torch.tensor([-4.0, 300.0]))).all()
+    counts, centre = screen.counts.toarray(), {name: value.detach().numpy() for name, value in guide.centre().items()}
+    pairs = [(c, b) for c in range(len(screen.conditions)) for b in range(2) if ((screen.condition == c) & (screen.batch == b)).any()]
+    cells = [(screen.condition == c) & (screen.batch == b) for c, b in pairs]
+    total = np.stack([counts[own].sum(0) for own in cells]).astype(float)
+    y = np.log((total + 0.5) / np.array([screen.size_factor[own].sum() * screen.depth for own in cells])[:, None])
+    weight = total / (1 + total / np.array([own.sum() for own in cells])[:, None])
+    own = model.batch_effect.basis.numpy()[[b for _, b in pairs], 0]
+    media = np.array([screen.conditions[c].media is not None for c, _ in pairs])
+    dummies = np.eye(len(screen.conditions))[[c for c, _ in pairs]]
+    scales = [float(centre[f"batch_{kind}scale_overall"]) for kind in ("", "media_")]
+    for gene in range(N_GENES):
+        root = np.sqrt(weight[:, gene])[:, None]
+        ridge = np.eye(2, 2 + dummies.shape[1]) / np.array(scales)[:, None]
+        design = np.concatenate([root * np.column_stack([own, own * media, dummies]), ridge])
+        found = np.linalg.lstsq(design, np.concatenate([root[:, 0] * y[:, gene], np.zeros(2)]), rcond=None)[0]
+        started = [float(centre["batch_coordinate"][0, gene]), float(centre["batch_media_coordinate"][0, 0, gene])]
+        np.testing.assert_allclose(started, found[:2], rtol=0.02, atol=1e-3)  # the scales have moved on by one step
+
+
+def test_batch_effects_that_coincide_with_conditions_start_at_0(screen):
+    """No cell tells them from what the conditions do."""
+    late = np.array([p.time == 2 for p in screen.conditions])[screen.condition]
+    part = screen[(screen.batch == 1) == late]
+    model, guide, _ = make(part)
+    guide.start(model, part)
+    assert float(guide.centre()["batch_coordinate"].detach().abs().max()) < 1e-5
+    assert float(guide.centre()["batch_scale_overall"].detach()) == pytest.approx(0.1, rel=1e-3)

@@ -28,10 +28,12 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
         log (Σ_n x_ng + ½) / (Σ_n m_ng + ½)  and  1 / (Σ_n x_ng + ½) + Σ_n m_ng² (1/θ_g + CV²) / (Σ_n m_ng)²,
 
     CV² being the variance of a gene's expected share between cells over the square of its mean; both meet the prior
-    Normal(0, τ_g²). It asks nothing of q(z | x), which has never seen the batch and would take part of η for states of the cells. The
-    law kept is normal per gene, with mean and variance over draws. Fold changes are known from the other batches, so control cells
-    alone will do. A new batch is not part of the zero sum: its η is relative to the average of those fitted. In a fit with
-    ``batch_effect="state"`` it is constant over states and media. Of continuous values, η is the mean of x − m.
+    Normal(0, c τ_g²). τ_g is learnt from how the fitted batches differ among themselves, which may be few and alike; c, common to all
+    genes, is how much further off the new one is (`widening`). It asks nothing of q(z | x), which has never seen the batch and would
+    take part of η for states of the cells. The law kept is normal per gene, with mean and variance over draws. Fold changes are known
+    from the other batches, so control cells alone will do. A new batch is not part of the zero sum: its η is relative to the average of
+    those fitted. In a fit with ``batch_effect="state"`` it is constant over states and media. Of continuous values, η is the mean of
+    x − m.
 
     ``cells`` holds cells of that batch: those labelled so, or all where there is one batch only. Raises ValueError for a batch that
     the fit knows, for cells of other batches only, for cells with further assays, of whose η the RNA says nothing, and for a fit of one
@@ -52,10 +54,26 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
     for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="adapt" if progress else None)):
         with seeded(seed, k, 6):
             mean, variance = seen.mode(draw)
-        prior = draw["batch_scale"].square()
+        mean, prior = fit.model.batch_effect.centred(mean), draw["batch_scale"].square()
+        prior = prior * widening(mean, variance, prior)
         found.append(torch.stack([mean * prior / (prior + variance), variance * prior / (prior + variance)]))
     mean, variance = torch.stack(found, 1)
     return _extended(fit, batch, mean.mean(0), mean.var(0, correction=0) + variance.mean(0), cells)
+
+
+def widening(mode: Float[Tensor, " gene"], variance: Float[Tensor, " gene"], prior: Float[Tensor, " gene"]) -> Float[Tensor, ""]:
+    """Return the most probable c from 0.01 to 1000 where modes ~ Normal(0, c · prior + variance).
+
+    Ten genes more are taken to say c = 1, so that a handful of genes does not decide.
+
+    >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+    <torch...>
+    >>> round(float(widening(2 * torch.randn(5000), torch.full((5000,), 0.01), torch.ones(5000))), 1)
+    4.0
+    """
+    c = torch.logspace(-2, 3, 501, device=prior.device)
+    total = c[:, None] * prior + variance
+    return c[((total.log() + mode.square() / total).sum(1) + 10 * (c.log() + 1 / c)).argmin()]
 
 
 def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:

@@ -1,5 +1,6 @@
 """The variational family: an encoder for cells, and one law over what all cells share."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
@@ -18,21 +19,11 @@ from perturbprob.experiment.vocabulary import Segment
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import FromRest
+from perturbprob.model.overdispersion import Overdispersion
+from perturbprob.model.start import batch_start
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
-
-OVERDISPERSION = dist.transforms.ComposeTransform(
-    [
-        dist.transforms.AffineTransform(0.0, 20.0),
-        dist.transforms.SoftplusTransform(),
-        dist.transforms.AffineTransform(0.0, 0.05),
-        dist.transforms.ExpTransform().inv,
-        dist.transforms.AffineTransform(0.0, -1.0),
-        dist.transforms.ExpTransform(),
-    ]
-)
-"""θ = 1 / (softplus(20 u) / 20): counts tell of 1/θ about evenly, and of log θ with a long tail towards the Poisson law."""
 
 GENE_BLOCK, CONDITIONS = ("gene_bias", "batch_coordinate", "batch_media_coordinate"), "condition_effect"
 LARGEST_BLOCK = 20_000_000
@@ -103,7 +94,7 @@ class Guide(PyroModule):
 
     def transform(self, name: str) -> dist.transforms.Transform:
         """Return how the unconstrained line, on which a site's law is normal, becomes its values."""
-        return OVERDISPERSION if name.endswith("dispersion") else dist.transforms.biject_to(self.support[name])
+        return Overdispersion(cache_size=1) if name.endswith("dispersion") else dist.transforms.biject_to(self.support[name])
 
     def _start_block(self, model: CellModel) -> None:
         """Start every gene's block at its log share and no batch effect, nearly sure."""
@@ -121,20 +112,37 @@ class Guide(PyroModule):
         n cells with S counts of a gene carry about S / (1 + S / n) of information on its log rate at a dispersion of 1, and the prior
         about that of a standard deviation of 0.1; on the log of a dispersion θ they carry about n / 2 (μ / (μ + θ))² at a mean μ.
         """
-        screen = screen.with_rna
-        design, group, _ = _groups(model, screen)
-        information, prior = _information(screen.counts, group, len(design)), 100.0
-        free = design[:, 1:].square().T @ information + prior
-        self.block_log_scale.copy_(-0.5 * torch.cat([information.sum(0, keepdim=True) + 1, free]).T.log())
+        screen, prior = screen.with_rna, 100.0
+        self._start_batches(model, screen)
         if "dispersion" in self.support:
             mean, theta = _moments(screen)
-            self.dispersion_loc.copy_(OVERDISPERSION.inv(theta))
+            self.dispersion_loc.copy_(Overdispersion().inv(theta))
             width = (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).rsqrt()  # of log θ
             width = width / (theta * -torch.expm1(-20 / theta))
-            # of genes with hardly a count it is so wide that a draw of u falls below -4, where 1/θ is 0 in float32: six widths stay above
+            # of genes with hardly a count it would be so wide that half of it is on the side of the Poisson law
             self.dispersion_log_scale.copy_(width.minimum((self.dispersion_loc + 4) / 6).log())
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())
+
+    def _start_batches(self, model: CellModel, screen: "Screen") -> None:
+        """Start bias and batch effects at a regression of the means of cells of each condition in each batch, and their scales with them.
+
+        From 0 the encoder would find large batch effects sooner than they do, and take them for states of the cells.
+        """
+        design, group, condition = _groups(model, screen)
+        information, free = _information(screen.counts, group, len(design)), design[:, 1:]
+        kinds = {name: shape.numel() for name, shape in self.blocked.items() if name != "gene_bias"}
+        scale = dict.fromkeys(kinds, 0.1)
+        if self.block_lower is not None and kinds:
+            log_mean = _log_means(screen, group, len(design))
+            loc, scale = batch_start(free, torch.as_tensor(condition), log_mean, information, kinds)
+            bias = ((information * (log_mean - free @ loc.T)).sum(0) + model.log_share) / (information.sum(0) + 1)
+            self.block_loc.copy_(torch.cat([bias[:, None], loc], 1))
+        for name, value in scale.items():
+            for site in (name.replace("coordinate", "scale"), name.replace("coordinate", "scale_overall")):
+                self.get_parameter(f"{site}_loc").fill_(math.log(value))
+        prior = torch.cat([torch.ones(1), *(torch.full((n,), scale[name] ** -2) for name, n in kinds.items())])
+        self.block_log_scale.copy_(-0.5 * (design.square().T @ information + prior[:, None]).T.log())
 
     @torch.no_grad()
     def sharpen(self) -> None:
@@ -252,6 +260,13 @@ def _members(model: CellModel, screen: "Screen") -> Float[Tensor, "node conditio
         for node in model.condition_effect.parts(names.protocol(protocol), names.time_scale):
             member[number[node], column] = 1
     return member
+
+
+def _log_means(screen: "Screen", group: np.ndarray, n_groups: int) -> Float[Tensor, "group gene"]:
+    """Return the log of each gene's share of the counts of each group of cells, half a count added."""
+    total = (membership(group, n_groups) @ screen.counts).toarray() + 0.5
+    exposure = screen.depth * np.bincount(group, screen.size_factor, n_groups)
+    return torch.as_tensor(np.log(total / exposure[:, None]), dtype=torch.float32)
 
 
 def _information(counts: csr_array, group: np.ndarray, n_groups: int) -> Float[Tensor, "group gene"]:
