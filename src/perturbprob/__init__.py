@@ -43,6 +43,7 @@ from perturbprob.inference import (  # noqa: E402
 )
 from perturbprob.model import CellModel, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
 from perturbprob.studies import (  # noqa: E402
+    BatchPrior,
     baselines,
     batch_error,
     decompose_batches,
@@ -61,6 +62,7 @@ __all__ = [
     "Activation",
     "AliasedWarning",
     "Assay",
+    "BatchPrior",
     "CellModel",
     "Fit",
     "IllConditioned",
