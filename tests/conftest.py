@@ -15,8 +15,9 @@ CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
 ))"""
 jaxtyping.install_import_hook("perturbprob", CHECKER)
 
-# many small operations: a second thread costs more than it brings, and on a busy machine much more
+# many small operations: a second thread costs more than it brings, and on a busy machine much more; notebooks run in processes of their own
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 

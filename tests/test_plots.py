@@ -341,7 +341,7 @@ def test_steady_states_draws_every_step_and_marks_what_moves(screen):
 def test_the_study_is_drawn_with_bands_the_best_baselines_and_the_floor():
     coords = {"start": ["control", "own"], "loss": ["eq5", "eq5+eq9"], "step": [0, 20, 40], "seed": [0, 1, 2]}
     values = 0.01 + 0.002 * np.random.default_rng(0).random((2, 2, 3, 3))
-    curve = xr.DataArray(values, coords, tuple(coords), attrs={"decays": 0})
+    curve = xr.DataArray(values, coords, tuple(coords))
     found = ProofOfPrinciple(curve, curve, {"a": 0.005, "b": 0.006, "c": 0.007, "worse": 0.02}, 0.003, 1.0)
     panels = plots.proof_of_principle(found).axes
     assert [axes.get_title() for axes in panels] == ["start: control", "start: own"]

@@ -69,7 +69,12 @@ class Transition(nn.Module, ABC):
     @final
     def forward(self, z0: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment], effects: Effects) -> CellState:
         """Carry untouched cells through their protocols: for each segment P and M, then W, one batched solve."""
-        state = CellState.at_rest(z0, protocol[0])
+        return self.course(z0, protocol, effects)[-1]
+
+    @final
+    def course(self, z0: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment], effects: Effects) -> list[CellState]:
+        """Return the state at the end of each segment of the protocols, and so on the way to the last."""
+        states = [CellState.at_rest(z0, protocol[0])]
         for segment in protocol:
-            state = self.wait(state.marked(segment), segment.wait, effects)
-        return state
+            states.append(self.wait(states[-1].marked(segment), segment.wait, effects))
+        return states[1:]

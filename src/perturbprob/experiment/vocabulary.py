@@ -33,6 +33,11 @@ class Segment:
         """Return the segment of these cells."""
         return type(self)(self.perturbation[cells], self.media[cells], self.changed[cells], self.wait[cells])
 
+    def waiting(self, wait: float) -> Self:
+        """Return a segment in which nothing is done to these cells, and then this wait."""
+        nothing = torch.zeros_like
+        return type(self)(nothing(self.perturbation), nothing(self.media), nothing(self.changed), torch.full_like(self.wait, wait))
+
     def to(self, device: torch.device) -> Self:
         """Return the segment on another device."""
         return type(self)(*(part.to(device) for part in (self.perturbation, self.media, self.changed, self.wait)))

@@ -119,8 +119,12 @@ class CellModel(PyroModule):
 
     def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> CellState:
         """Carry cells at rest through their protocols."""
+        return self.course(sites, z, protocol)[-1]
+
+    def course(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> list[CellState]:
+        """Carry cells at rest through their protocols; return the state at the end of each segment."""
         try:
-            return self.transition(z, protocol, self.pushes(sites))
+            return self.transition.course(z, protocol, self.pushes(sites))
         except SolverError as error:
             worst = self._described(protocol, error.cell) if error.cell >= 0 else "not known"
             advice = "Wait no longer than was measured, lower learning_rate, or give a smoother field."

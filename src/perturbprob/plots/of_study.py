@@ -10,7 +10,7 @@ from perturbprob.studies.proof_of_principle import ProofOfPrinciple
 if TYPE_CHECKING:
     import matplotlib.figure
 
-COLOURS = (GREY, BLUE, GREEN, RED, "#CC79A7")
+COLOURS = (GREY, BLUE, GREEN, RED, "#CC79A7", "#56B4E9", "#999933", "#882255")
 
 
 def proof_of_principle(found: ProofOfPrinciple, *, figure: "matplotlib.figure.Figure | None" = None) -> "matplotlib.figure.Figure":
@@ -20,7 +20,7 @@ def proof_of_principle(found: ProofOfPrinciple, *, figure: "matplotlib.figure.Fi
 
     >>> import perturbprob as pb
     >>> screen = pb.datasets.ishikawa2023()
-    >>> found = pb.proof_of_principle(screen, seeds=2, steps=2, every=1, losses=("eq5",), progress=False)
+    >>> found = pb.proof_of_principle(screen, seeds=2, steps=2, losses=("eq5",), progress=False)
     >>> len(pb.plots.proof_of_principle(found).axes)
     2
     """

@@ -2,53 +2,35 @@
 
 import time as clock
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
-from torch import Tensor, nn
 
-from perturbprob.dynamics.neural_ode import NeuralODE
-from perturbprob.dynamics.solve import Solver
-from perturbprob.dynamics.transition import CellState, Effects
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.split import hold_out_time
 from perturbprob.inference.draws import bar
 from perturbprob.studies.baselines import MEAN_BASELINES, noise_floor
-from perturbprob.studies.time_course import TimeCourse
+from perturbprob.studies.networks import Arm, Course, Networks
 
 MOVING = ("JARID2", "ZNF649", "ZNF90", "POU5F1", "RUNX1T1", "ZNF398", "SOX2", "PRDM14", "MYC", "VENTX", "ZIC2")
 """The eleven perturbations whose last day section 4 hides."""
 STARTS = ("control", "own")
 RATE, ENOUGH = 3e-3, 20
-LOSSES = ("eq5", "eq5+eq9", "eq5+eq9, mark off", "eq5+eq9, wrong set", "eq5, weight decay")
-
-
-@final
-class PushOfSeeds(nn.Module):
-    """The default field `Push`, one set of weights for each seed: the first axis of every state is the seed."""
-
-    def __init__(self, n_seeds: int, n_latent: int, n_hidden: int = 64) -> None:
-        """Start every seed's weights as torch starts a linear layer's."""
-        super().__init__()
-        layers = [[nn.Linear(3 * n_latent, n_hidden), nn.Linear(n_hidden, n_latent)] for _ in range(n_seeds)]
-        self.weight = nn.ParameterList([torch.stack([pair[k].weight.detach().T for pair in layers]) for k in range(2)])
-        self.bias = nn.ParameterList([torch.stack([pair[k].bias.detach()[None] for pair in layers]) for k in range(2)])
-
-    def forward(
-        self,
-        z: Float[Tensor, "seed cell latent"],
-        perturbation: Float[Tensor, "seed cell latent"],
-        media: Float[Tensor, "seed cell latent"],
-        clock: Float[Tensor, "seed cell 1"],
-    ) -> Float[Tensor, "seed cell latent"]:
-        """Return the push of each seed."""
-        hidden = torch.tanh(torch.baddbmm(self.bias[0], torch.cat([z, perturbation, media], -1), self.weight[0]))
-        return torch.baddbmm(self.bias[1], hidden, self.weight[1])
+ARMS = {
+    "eq5": Arm(),
+    "eq5+eq9": Arm(reading="own"),
+    "eq5+eq9, control_input": Arm(reading="control_input"),
+    "eq5+eq9, wrong set": Arm(reading="own", wrong_set=True),
+    "eq5, weight decay": Arm(weight_decay=0.3),
+    "eq5, known errors": Arm(known_errors=True),
+    "eq5, decay": Arm(decays=True),
+    "eq5+eq9, decay": Arm(reading="own", decays=True),
+}
+LOSSES = tuple(ARMS)
 
 
 @final
@@ -85,8 +67,7 @@ class ProofOfPrinciple:
 
     def report(self) -> str:
         """Say what the term gains, and what else gains as much."""
-        field = "decay and field" if self.curve.attrs["decays"] else "field of eq 25"
-        lines = [f"{len(self.curve.seed)} seeds, {field}, {self.seconds:.0f} s. Mean squared error on the hidden time, at validated steps:"]
+        lines = [f"{len(self.curve.seed)} seeds, {self.seconds:.0f} s. Mean squared error on the hidden time, at validated steps:"]
         for start in self.curve.start.values:
             for row in self.chosen[self.chosen.start == start].itertuples():
                 better = "" if row.loss == "eq5" else f", better than eq 5 in {row.win_rate:.0%} of seeds"
@@ -107,23 +88,70 @@ def proof_of_principle(
     perturbations: str | Sequence[str] = MOVING,
     seeds: int = 100,
     steps: int = 400,
-    every: int = 20,
     starts: Sequence[str] = STARTS,
     losses: Sequence[str] = LOSSES,
-    decays: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> ProofOfPrinciple:
     """Hide the last time of some perturbations, fit neural ODEs in gene space to the rest, and score them on it (section 4).
 
-    The state is the mean of log(1 + count) of each gene. ``starts``: "control", every perturbation starts from control at its first
-    time; "own", from its own first time. ``losses``: "eq5", the mean squared error over the visible (p, t); "eq5+eq9" adds the
-    same of the change over one more time step of the perturbations not hidden, from their measured last state; "mark off" reads eq 9 as
-    it is written, with the perturbation's mark taken off; "wrong set" puts the term on the hidden perturbations' last visible time, where
-    it is wrong; "weight decay" has none, and decay of all weights instead. The field is that of eq 25; with ``decays`` the deviation from
-    the start decays beside it, as in `node`. All seeds are trained at once, each perturbation is integrated once through all times. A
-    quarter of the visible perturbations of the hidden time is kept for choosing the step.
+    The networks are the `CellModel` that `node` makes of the means of log(1 + count): the start is known, there is no decoder, and the
+    errors of the means are known; its field is that of eq 25. ``starts``: "control", every perturbation starts from control at its first
+    time; "own", from its own first time. ``losses``:
+
+    - "eq5": the mean squared error over the visible (p, t);
+    - "eq5+eq9": the same and that of the pairs of `SteadyState`: the change over one more time step of the perturbations not hidden,
+      from their measured last state, their mark left on; with "control_input" it is taken off, as eq 9 is written;
+    - "eq5+eq9, wrong set": the pairs are those of the hidden perturbations at their last visible time, where they are wrong;
+    - "eq5, weight decay": no pairs, and decay of all weights instead;
+    - "eq5, known errors": squared errors in units of each mean's standard error;
+    - "eq5, decay" and "eq5+eq9, decay": the deviation from the start decays beside the field, as `node` has it.
+
+    All seeds are trained at once, each perturbation is integrated once through all times, and twenty points of the training are scored.
+    A quarter of the visible perturbations of the hidden time is kept for choosing the step.
     """
+    _check(screen, perturbations, seeds, steps)
+    for asked, known, what in ((starts, STARTS, "start"), (losses, LOSSES, "loss")):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"Unknown {what} {unknown[0]!r}. Use one of {', '.join(map(repr, known))}.")
+    if "eq5" not in losses:
+        raise ValueError("losses needs 'eq5': the others are compared with it, seed by seed.")
+    started = clock.perf_counter()
+    train, test = hold_out_time(screen, max(screen.times), perturbations)
+    course = Course.of(train, test, seed)
+    at = np.unique(np.linspace(0, steps, 21).round().astype(int))
+    scores = []
+    for start in starts:
+        for loss in losses:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                scores.append(_train(Networks(course, seeds, start, ARMS[loss]), at, f"{start}, {loss}" if progress else None))
+    dims = ("start", "loss", "step", "seed")
+    coords: dict[str, Sequence[object] | np.ndarray] = {"start": list(starts), "loss": list(losses), "step": at, "seed": np.arange(seeds)}
+    shape = [len(coords[dim]) for dim in dims]
+    curve, validation = (xr.DataArray(np.stack(part).reshape(shape), coords, dims) for part in zip(*scores, strict=True))
+    predictions = {name: predictor(train, test.conditions).values for name, predictor in MEAN_BASELINES.items()}
+    errors = {name: float(np.mean((predicted - course.hidden.numpy()) ** 2)) for name, predicted in predictions.items()}
+    return ProofOfPrinciple(curve, validation, errors, noise_floor(test), clock.perf_counter() - started)
+
+
+def _train(networks: Networks, at: np.ndarray, name: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Train all seeds at once; return the errors on the hidden time and on the validation conditions (step, seed)."""
+    optimiser = torch.optim.AdamW(networks.parameters(), lr=RATE, weight_decay=networks.arm.weight_decay)
+    scores = []
+    for step in bar(range(at[-1] + 1), name or "", "step", progress=name is not None):
+        path = networks.path()
+        if step in at:
+            scores.append([score.numpy() for score in networks.scores(path.detach())])
+        optimiser.zero_grad()
+        networks.loss(path).sum().backward()
+        optimiser.step()
+    hidden, validation = (np.stack(part) for part in zip(*scores, strict=True))
+    return hidden, validation
+
+
+def _check(screen: Screen, perturbations: str | Sequence[str], seeds: int, steps: int) -> None:
+    """Refuse what the study cannot be made of."""
     require_screen(screen)
     if screen.values == "continuous":
         raise ValueError("proof_of_principle takes means itself: give it the counts, not their pseudobulk().")
@@ -131,154 +159,10 @@ def proof_of_principle(
         raise ValueError(
             "Name the perturbations whose last time is to be hidden: perturbations=[...]; the default is for the embedded screen."
         )
-    for asked, known, what in ((starts, STARTS, "start"), (losses, LOSSES, "loss")):
-        if unknown := [name for name in asked if name not in known]:
-            raise ValueError(f"Unknown {what} {unknown[0]!r}. Use one of {', '.join(map(repr, known))}.")
-    if "eq5" not in losses:
-        raise ValueError("losses needs 'eq5': the others are compared with it, seed by seed.")
-    if seeds < 2 or steps < every or every < 1:
-        raise ValueError(f"proof_of_principle needs at least 2 seeds and steps >= every >= 1; got {seeds}, {steps} and {every}.")
-    started = clock.perf_counter()
+    if seeds < 2 or steps < 1:
+        raise ValueError(f"proof_of_principle needs at least 2 seeds and 1 step; got {seeds} and {steps}.")
     if len(screen.media) > 1 or len(screen.times) < 2:
         raise ValueError(
             f"proof_of_principle hides the last of several times of a screen in one media; got {len(screen.times)} and media "
             f"{', '.join(screen.media)}. Choose the cells of one media first: screen[cells]."
         )
-    train, test = hold_out_time(screen, max(screen.times), perturbations)
-    problem = _Problem.of(train, test, seed)
-    curves = {}
-    for start in starts:
-        for loss in losses:
-            how = _Training(seeds, steps, every, decays, seed)
-            curves[start, loss] = _train(problem, start, loss, how, f"{start}, {loss}" if progress else None)
-    at = np.arange(0, steps + 1, every)
-    coords = {"start": list(starts), "loss": list(losses), "step": at, "seed": np.arange(seeds)}
-    stacked = [np.stack([[curves[s, one][k] for one in losses] for s in starts]) for k in range(2)]
-    dims = ("start", "loss", "step", "seed")
-    scores, validation = (xr.DataArray(values, coords, dims, attrs={"decays": int(decays)}) for values in stacked)
-    errors = {name: _error(predictor(train, test.conditions).values, problem.hidden) for name, predictor in MEAN_BASELINES.items()}
-    return ProofOfPrinciple(scores, validation, errors, noise_floor(test), clock.perf_counter() - started)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """Means of every perturbation and time, which are visible, which choose the step, and what is hidden."""
-
-    mean: Float[Tensor, "perturbation time gene"]
-    visible: Float[Tensor, "perturbation time"]
-    validation: Float[Tensor, "perturbation time"]
-    scored: Int[Tensor, " row"]
-    hidden: Float[np.ndarray, "row gene"]
-    times: tuple[float, ...]
-
-    @classmethod
-    def of(cls, train: Screen, test: Screen, seed: int) -> "_Problem":
-        """Read the visible means; a quarter of the perturbations that are seen to the end choose the step."""
-        course, ends = TimeCourse.of(train, None), TimeCourse.of(test, None)
-        visible = torch.as_tensor(course.cells > 0).float()
-        names = ["+".join(a.gene for a in p) for p in course.perturbations]
-        last = np.flatnonzero((course.cells[:, -1] > 0) & (np.arange(len(names)) > 0))
-        chosen = np.random.default_rng(seed).permutation(last)[: max(1, len(last) // 4)]
-        validation = torch.zeros_like(visible)
-        validation[chosen, -1] = 1
-        seen = np.flatnonzero(ends.cells[:, ends.times.index(course.times[-1])])
-        asked = [names.index("+".join(a.gene for a in ends.perturbations[k])) for k in seen]
-        hidden = ends.mean[seen, ends.times.index(course.times[-1])]
-        mean = torch.as_tensor(np.nan_to_num(course.mean), dtype=torch.float32)
-        return cls(mean, visible - validation, validation, torch.tensor(asked), hidden, course.times)
-
-
-@final
-@dataclass(frozen=True)
-class _Training:
-    """How networks are trained."""
-
-    seeds: int
-    steps: int
-    every: int
-    decays: bool
-    seed: int
-
-
-def _train(problem: _Problem, start: str, loss: str, how: _Training, bar_name: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Train all seeds at once; return the test and validation errors (step, seed)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(how.seed)
-        n_perturbations, _, n_genes = problem.mean.shape
-        solver = Solver(n_steps=1, check_every=100)
-        transition = NeuralODE(n_genes, field=PushOfSeeds(how.seeds, n_genes), solver=solver, decays=how.decays)
-        if how.decays:
-            transition.decay_unconstrained = nn.Parameter(torch.zeros(how.seeds, 1, n_genes))
-        marks = nn.Parameter(0.1 * torch.randn(how.seeds, n_perturbations - 1, n_genes))
-        weights = [*transition.parameters(), marks]
-        optimiser = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.3 if "decay" in loss else 0.0)
-        scores = []
-        for step in bar(range(how.steps + 1), bar_name or "", "step", progress=bar_name is not None):
-            path = _path(problem, transition, marks, start)
-            if step % how.every == 0:
-                scores.append(_scores(problem, path.detach()))
-            total = _squares(path - problem.mean, problem.visible if start == "control" else _later(problem.visible))
-            if "eq9" in loss:
-                total = total + _rest(problem, transition, marks, start, loss)
-            optimiser.zero_grad()
-            total.sum().backward()
-            optimiser.step()
-    test, validation = (np.stack(values) for values in zip(*scores, strict=True))
-    return test, validation
-
-
-def _path(problem: _Problem, transition: NeuralODE, marks: Tensor, start: str) -> Float[Tensor, "seed perturbation time gene"]:
-    """Integrate every perturbation once through all times."""
-    first = problem.mean[:1, 0].expand(len(problem.mean), -1) if start == "control" else problem.mean[:, 0]
-    state = _state(first.expand(len(marks), -1, -1))
-    waits = np.diff((0.0, *problem.times) if start == "control" else problem.times)
-    scale, found = float(np.median(problem.times)), [] if start == "control" else [state.z]
-    for wait in waits:
-        state = transition.wait(state, torch.full((len(problem.mean),), float(wait) / scale), Effects(marks, marks[:, :0]))
-        found.append(state.z)
-    return torch.stack(found, 2)
-
-
-def _state(z0: Float[Tensor, "seed perturbation gene"]) -> CellState:
-    """Return perturbed cells at their start, each with its own mark; control has none."""
-    n = z0.shape[1]
-    marks = torch.cat([torch.zeros(1, n - 1), torch.eye(n - 1)])
-    return CellState(z0, torch.zeros_like(z0), torch.zeros(n), marks, torch.zeros(n, 0))
-
-
-def _rest(problem: _Problem, transition: NeuralODE, marks: Tensor, start: str, loss: str) -> Float[Tensor, " seed"]:
-    """Return the mean squared change over one more step of conditions said to be at rest, from their measured last state (eq 9)."""
-    wrong = "wrong" in loss
-    rows = problem.scored if wrong else torch.where(problem.visible[:, -1] > 0)[0]
-    last = problem.mean[:, -2 if wrong else -1]
-    origin = (problem.mean[:1, 0] if start == "control" else problem.mean[:, 0]).expand_as(last)
-    state = _state(origin.expand(len(marks), -1, -1))
-    # δ is what has become of the start, so that the same decay and push act on the measured state
-    mark = torch.zeros_like(state.perturbation) if "mark off" in loss else state.perturbation
-    state = replace(state, delta=(last - origin).expand_as(state.z0), perturbation=mark)
-    wait = (problem.times[-1] - problem.times[-2]) / float(np.median(problem.times))
-    later = transition.wait(state, torch.full((len(last),), wait), Effects(marks, marks[:, :0]))
-    return (later.z - last)[:, rows].square().mean((1, 2))
-
-
-def _squares(error: Float[Tensor, "seed perturbation time gene"], weight: Float[Tensor, "perturbation time"]) -> Float[Tensor, " seed"]:
-    """Return the mean square over the entries of weight 1."""
-    return (error.square().mean(-1) * weight).sum((1, 2)) / weight.sum()
-
-
-def _later(visible: Float[Tensor, "perturbation time"]) -> Float[Tensor, "perturbation time"]:
-    """Leave out the first time, which is given."""
-    return torch.cat([torch.zeros_like(visible[:, :1]), visible[:, 1:]], 1)
-
-
-def _scores(problem: _Problem, path: Float[Tensor, "seed perturbation time gene"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the error of each seed on the hidden time, and on the validation conditions."""
-    hidden = torch.as_tensor(problem.hidden, dtype=path.dtype)
-    test = (path[:, problem.scored, -1] - hidden).square().mean((1, 2))
-    return test.numpy(), _squares(path - problem.mean, problem.validation).numpy()
-
-
-def _error(prediction: np.ndarray, hidden: np.ndarray) -> float:
-    """Return the mean squared error over conditions and genes."""
-    return float(np.mean((prediction - hidden) ** 2))

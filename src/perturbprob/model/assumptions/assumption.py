@@ -1,7 +1,7 @@
 """What an assumption is, what it becomes on one screen, and how several enter a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -18,6 +18,15 @@ from perturbprob.model.assumptions.evidence import AssumptionTest
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
     from perturbprob.model.cell_model import CellModel
+
+
+Scale = Callable[[Float[Tensor, "*plate condition gene"]], Float[Tensor, "*plate condition gene"]]
+"""From log shares, or the location of values, to what is compared."""
+
+
+def as_is(location: Float[Tensor, "*plate condition gene"]) -> Float[Tensor, "*plate condition gene"]:
+    """Compare log shares, or values, themselves."""
+    return location
 
 
 @final
@@ -42,6 +51,15 @@ class Bound:
     def term(self, model: "CellModel", sites: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Return the log-density of the assumption, counted once."""
         return self.assumption.term(model, sites, self)
+
+    def loss(self, model: "CellModel", sites: dict[str, Tensor], scale: Scale) -> Float[Tensor, ""]:
+        """Return what the assumption adds to a loss of pairs (`Assumption.loss`)."""
+        return self.assumption.loss(model, sites, self, scale)
+
+    def mean_square(self, change: Float[Tensor, "condition gene"]) -> Float[Tensor, ""]:
+        """Return the mean square of changes over genes and conditions, these by their weights."""
+        weight = change.new_tensor(self.weight)
+        return (weight * change.square().mean(-1)).sum() / weight.sum()
 
     def log_density(self, change: Float[Tensor, "condition gene"], excess: Tensor | None = None) -> Float[Tensor, " condition"]:
         """Return the log-density of each condition's change under its noise, which may exceed what is known of it."""
@@ -86,6 +104,10 @@ class Assumption(ABC):
 
     def term(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound) -> Float[Tensor, ""]:
         """Return the log-density that the assumption adds to the model; 0 where it holds by construction."""
+        return model.log_share.new_zeros(())
+
+    def loss(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound, scale: Scale) -> Float[Tensor, ""]:
+        """Return what it adds to a loss of pairs (eq 5): the mean square of the change that it denies, on the ``scale`` compared."""
         return model.log_share.new_zeros(())
 
     @abstractmethod

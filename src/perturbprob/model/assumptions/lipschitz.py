@@ -10,7 +10,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.dynamics.neighbours import near_gradient_constant, near_map_constant
 from perturbprob.experiment.paths import Pair
-from perturbprob.model.assumptions.assumption import Assumption, Bound
+from perturbprob.model.assumptions.assumption import Assumption, Bound, Scale
 from perturbprob.model.assumptions.evidence import AssumptionTest
 from perturbprob.model.assumptions.terms import carried, rest_points
 
@@ -55,6 +55,10 @@ class Lipschitz(Assumption):
         z0 = rest_points(model, len(bound.protocols))
         constant = CONSTANTS[self.of](lambda z: carried(model, sites, bound.protocols, z).z, z0, _directions(z0)).amax()
         return -self.weight * (constant if isinstance(self.bound, str) else torch.relu(constant - self.bound)).square()
+
+    def loss(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound, scale: Scale) -> Float[Tensor, ""]:
+        """Return the weighted square of the constant, or of its excess over the bound."""
+        return -self.term(model, sites, bound)
 
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return nothing: it adds no pair."""

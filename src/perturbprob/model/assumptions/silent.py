@@ -13,7 +13,7 @@ from perturbprob.experiment.action import Protocol, Wait
 from perturbprob.experiment.paths import Pair, state
 from perturbprob.experiment.silence import silence
 from perturbprob.experiment.vocabulary import labels, meant, nearest
-from perturbprob.model.assumptions.assumption import Assumption, Bound
+from perturbprob.model.assumptions.assumption import Assumption, Bound, Scale, as_is
 from perturbprob.model.assumptions.evidence import AssumptionTest
 from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
 
@@ -53,11 +53,21 @@ class SilentInBaseline(Assumption):
 
     def term(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound) -> Float[Tensor, ""]:
         """Return Σ_p Σ_g log Normal(difference_pg | 0, noise_pg)."""
+        return bound.log_density(self.change(model, sites, bound.protocols)).sum()
+
+    def loss(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound, scale: Scale) -> Float[Tensor, ""]:
+        """Return the mean square of the difference over perturbations, times and genes."""
+        return bound.mean_square(self.change(model, sites, bound.protocols, scale))
+
+    def change(
+        self, model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol], scale: Scale = as_is
+    ) -> Float[Tensor, "condition gene"]:
+        """Return the difference of each condition from control, averaged over rest states."""
         here, control = (
-            log_shares(model, sites, carried(model, sites, protocols), protocols).mean(0)
-            for protocols in (bound.protocols, [p.unperturbed() for p in bound.protocols])
+            scale(log_shares(model, sites, carried(model, sites, done), done)).mean(0)
+            for done in (protocols, [p.unperturbed() for p in protocols])
         )
-        return bound.log_density(here - control).sum()
+        return here - control
 
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return F(X_t^p, ·, m, t) → X_{m,t}^p for each perturbation and media beside the baseline: n_S n_m pairs."""

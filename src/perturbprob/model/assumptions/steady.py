@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment import rest
 from perturbprob.experiment.action import Perturbation, Protocol, Wait
 from perturbprob.experiment.paths import Pair, path_of, state
 from perturbprob.experiment.vocabulary import labels, nearest
-from perturbprob.model.assumptions.assumption import Assumption, Bound
+from perturbprob.model.assumptions.assumption import Assumption, Bound, Scale, as_is
 from perturbprob.model.assumptions.evidence import AssumptionTest
 from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
 
@@ -107,20 +108,35 @@ class SteadyState(Assumption):
 
     def term(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound) -> Float[Tensor, ""]:
         """Return Σ_c w_c Σ_g log Normal(change_cg | 0, noise_cg)."""
-        change = self._change(model, sites, bound.protocols)
-        if self.relative_to_control:
-            change = change - self._change(model, sites, [p.unperturbed() for p in bound.protocols])
+        change = self.change(model, sites, bound.protocols)
         weight = change.new_tensor(bound.weight)
         return (weight * bound.log_density(change, sites.get(f"{self.name}_excess"))).sum()
 
-    def _change(self, model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol]) -> Float[Tensor, "condition gene"]:
-        """Return the change of each condition's mean log share over the wait, its condition effect's expected change included."""
-        state = carried(model, sites, protocols)
+    def loss(self, model: "CellModel", sites: dict[str, Tensor], bound: Bound, scale: Scale) -> Float[Tensor, ""]:
+        """Return the mean square of the change over conditions, by their weights, and genes."""
+        return bound.mean_square(self.change(model, sites, bound.protocols, scale))
+
+    def change(
+        self, model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol], scale: Scale = as_is
+    ) -> Float[Tensor, "condition gene"]:
+        """Return the change of each condition over the wait, averaged over rest states; beyond that of control if so declared."""
+
+        def mean(done: Sequence[Protocol]) -> Float[Tensor, "condition gene"]:
+            later, before = self.ends(model, sites, done, carried(model, sites, done))
+            return (scale(later) - scale(before)).mean(0)
+
+        change = mean(protocols)
+        return change - mean([p.unperturbed() for p in protocols]) if self.relative_to_control else change
+
+    def ends(
+        self, model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol], state: CellState
+    ) -> tuple[Float[Tensor, "*plate condition gene"], Float[Tensor, "*plate condition gene"]]:
+        """Return the log shares of a state after the wait, and before it; the condition effect's expected change is included."""
         start = state if self.reading == "own" else replace(state, perturbation=torch.zeros_like(state.perturbation))
         wait = start.clock.new_full((len(protocols),), self.wait / model.vocabulary.time_scale)
         later = model.transition.wait(start, wait, model.pushes(sites))
         waited = [p >> Wait(self.wait) for p in protocols]
-        return (log_shares(model, sites, later, waited) - log_shares(model, sites, state, protocols)).mean(0)
+        return log_shares(model, sites, later, waited), log_shares(model, sites, state, protocols)
 
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return X_t^p → X_t^p, one pair for each condition that counts in the term (eq 9)."""
