@@ -248,7 +248,10 @@ def main() -> None:
     pairs = (("known_predicted", "known_true"), ("expected", "known_true"), ("plan_pilot", "change"), ("plan_prior", "change"))
     rank = {f"{one} ~ {other}": spearman(table, one, other) for one, other in pairs}
     controls = over(table, ["known_true", "change", "level", "expected", "plan_pilot", "plan_prior"])
-    print(json.dumps({"layouts": len(table), "spearman": rank, "controls in every batch over in one": controls}, indent=1), flush=True)
+    kinds = {kind: spearman(part, "plan_pilot", "change") for kind, part in table.groupby("layout")}
+    size = {plan: ratio(table["change"], table[plan]) for plan in ("plan_pilot", "plan_prior")}
+    answer = {"layouts": len(table), "spearman": rank, "spearman of plan_pilot ~ change within a kind": kinds, "true over predicted": size}
+    print(json.dumps(answer | {"controls in every batch over in one": controls}, indent=1), flush=True)
     alone = pd.DataFrame([row for seed in range(options.pairs) for row in one_batch(seed)])
     print("one batch for everything, errors over the mean square of η:")
     quantiles = alone.groupby(["coupling", "gradient"])[["from_identity", "predicted", "true"]].quantile([0.05, 0.5, 0.95])
