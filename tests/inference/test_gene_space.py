@@ -1,15 +1,20 @@
 """Gene space: the same CellModel with a known start, no decoder and normal noise; and the deterministic objective of eq 5."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 
 import perturbprob as pb
+from perturbprob.inference.counterfactual import ROUTES
+from perturbprob.inference.draws import centre
 from perturbprob.measurement.decoder import Identity
+from perturbprob.model.cells import CellTable
 
 SHORT = {"validation": 0.0, "progress": False}
 
@@ -121,26 +126,38 @@ def test_scales_of_values(fit: pb.Fit) -> None:
     assert torch.isfinite(fit.model.start).all()
 
 
-def test_the_measured_state_is_run_backward(fit: pb.Fit, bulk: pb.Screen) -> None:
-    """Rows that came from rest states of their own: only the inverse flow finds what each would have shown under another protocol."""
-    from dataclasses import replace
-
-    from scipy.sparse import csr_array
-
-    from perturbprob.inference.draws import centre
-    from perturbprob.model.cells import CellTable
-
+def rows_from(fit: pb.Fit, bulk: pb.Screen, spread: float, noise: float) -> tuple[pb.Screen, np.ndarray]:
+    """Rows that came from rest states ``spread`` around the start, measured with ``noise`` standard errors; and their last condition."""
+    rng = torch.Generator().manual_seed(0)
     table, new = CellTable(fit.model, bulk), bulk.conditions[-1]
     cells, sites = table.cells(torch.arange(bulk.n_cells)), table.sites(centre(fit.model, fit.guide))
-    z0 = fit.model.start + 0.5 * torch.randn(bulk.n_cells, bulk.n_genes, generator=torch.Generator().manual_seed(0))
+    z0 = fit.model.start + spread * torch.randn(bulk.n_cells, bulk.n_genes, generator=rng)
     segments = [s[torch.zeros(len(z0), dtype=torch.long)] for s in fit.model.vocabulary.encode([new])]
     with torch.no_grad():
         seen, truth = (fit.model.moved(sites, z0, p).z.numpy() for p in (cells.protocol, segments))
-    rows = replace(bulk, counts=csr_array(seen))
-    back, population = (pb.counterfactual(fit, rows, new, route=r, n_draws=8, progress=False) for r in ("inverse", "encoder"))
+    error = noise * np.nan_to_num(bulk.standard_error) * torch.randn(seen.shape, generator=rng).numpy()
+    return replace(bulk, counts=csr_array((seen + error).astype(np.float32))), truth
+
+
+def test_the_measured_state_is_run_backward(fit: pb.Fit, bulk: pb.Screen) -> None:
+    """Rows that came from rest states of their own: only the inverse flow finds what each would have shown under another protocol."""
+    rows, truth = rows_from(fit, bulk, spread=0.5, noise=0.0)
+    back, population = (pb.counterfactual(fit, rows, bulk.conditions[-1], route=r, n_draws=8, progress=False) for r in ROUTES[::-1])
     assert float(abs(back["mean"] - truth).mean()) < 0.3 * float(abs(population["mean"] - truth).mean())
     assert float(back["round_trip"].max()) < 1e-2
     assert float(((back["lower"] <= truth) & (truth <= back["upper"])).mean()) > 0.85
+
+
+def test_the_routes_agree_within_their_intervals_where_the_start_is_known(fit: pb.Fit, bulk: pb.Screen) -> None:
+    """Rows from the known start, measured with their noise: one route knows the start, the other finds it; both hold the truth."""
+    rows, truth = rows_from(fit, bulk, spread=0.0, noise=1.0)
+    known, found = (pb.counterfactual(fit, rows, bulk.conditions[-1], route=r, n_draws=12, progress=False) for r in ROUTES)
+    assert float(found["condition_number"].max()) < 100
+    apart, width = abs(known["mean"] - found["mean"]), np.hypot(known["sd"], found["sd"])
+    assert float((apart < 1.645 * width).mean()) > 0.85
+    assert float(apart.max()) > 1e-4, "the routes are one"
+    for answer in (known, found):
+        assert float(((answer["lower"] <= truth) & (truth <= answer["upper"])).mean()) > 0.85
 
 
 def test_a_summary_of_a_screen_is_fitted_with_silence_assumed(data_path: Callable[[str], Path]) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Flow = Callable[[Float[Tensor, "cell latent"]], Float[Tensor, "cell latent"]]
+Flow = Callable[[Float[Tensor, "*plate cell latent"]], Float[Tensor, "*plate cell latent"]]
 
 
 @final
@@ -27,20 +27,22 @@ class Inverse:
     residual: Float[Tensor, " cell"]
 
 
-def jacobian(flow: Flow, z0: Float[Tensor, "cell latent"]) -> tuple[Float[Tensor, "cell state"], Float[Tensor, "cell state latent"]]:
-    """Return z(t) and ∂z(t)/∂z₀ of each cell, one Jacobian-vector product for each latent axis. Cells do not see each other.
+def jacobian(
+    flow: Flow, z0: Float[Tensor, "*plate cell latent"]
+) -> tuple[Float[Tensor, "*plate cell state"], Float[Tensor, "*plate cell state latent"]]:
+    """Return z(t) and ∂z(t)/∂z₀ of each cell, by one Jacobian-vector product along all latent axes at once. Cells do not see each other.
 
     >>> z, slope = jacobian(lambda z: z.square(), torch.tensor([[1.0, 3.0]]))
     >>> slope
     tensor([[[2., 0.],
              [0., 6.]]])
     """
-    z0 = z0.contiguous()  # jvp refuses a known start that is one row repeated
-    axes = torch.eye(z0.shape[-1], dtype=z0.dtype, device=z0.device)
+    repeated = z0.expand(z0.shape[-1], *z0.shape).contiguous()  # jvp refuses rows that share memory
+    axes = torch.eye(z0.shape[-1], dtype=z0.dtype, device=z0.device).reshape(-1, *[1] * (z0.ndim - 1), z0.shape[-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch compiles its own rules for jvp at first use
-        found = [torch.func.jvp(flow, (z0,), (axis.expand_as(z0),)) for axis in axes]
-    return found[0][0], torch.stack([column for _, column in found], -1)
+        there, columns = torch.func.jvp(flow, (repeated,), (axes.expand_as(repeated).contiguous(),))
+    return there[0], columns.movedim(0, -1)
 
 
 def invert(

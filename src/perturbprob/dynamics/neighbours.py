@@ -71,7 +71,7 @@ def gradient_constant(flow: Flow, z0: Float[Tensor, "cell latent"], *, n_rounds:
     >>> gradient_constant(lambda z: z.square(), torch.tensor([[1.0, -3.0]]))
     tensor([2.])
     """
-    turning = jacobian(lambda z: jacobian(flow, z)[1].flatten(1), z0)[1]
+    turning = jacobian(lambda z: jacobian(flow, z)[1].flatten(-2), z0)[1]
     direction = torch.linalg.svd(turning, full_matrices=False).Vh[:, 0]
     turning = turning.unflatten(1, (z0.shape[-1], z0.shape[-1]))
     for _ in range(n_rounds):

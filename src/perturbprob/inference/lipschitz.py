@@ -83,7 +83,7 @@ def _chosen(screen: "Screen", n_cells: int, seed: int) -> Int[Tensor, " cell"]:
     return torch.as_tensor(np.sort(shuffled[rank < n_cells]))
 
 
-def _state(fit: "Fit", sites: Sites, cells: Cells, z0: Float[Tensor, "cell latent"]) -> Float[Tensor, "cell latent"]:
+def _state(fit: "Fit", sites: Sites, cells: Cells, z0: Float[Tensor, "*plate cell latent"]) -> Float[Tensor, "*plate cell latent"]:
     """Carry rest states through the cells' own protocols."""
     return fit.model.moved(sites, z0, cells.protocol).z
 
