@@ -1,6 +1,9 @@
 """Simulate screens, fit them, and count how often the truth lies inside the posterior's 90 % intervals.
 
     python benchmarks/recovery.py --screens 10 --json
+    python benchmarks/recovery.py --screens 3 --batches 2 3 4 5 6 7 8 --unequal 0.3 0.6 0.9 --cells 2000 --genes 60
+
+``--screens`` are simulated for each number of batches; the degrees of unequal composition take turns among them.
 
 What is scored is identified: batch effects centred over genes by rate, log fold changes per condition and gene, and dispersion. The size
 factor is the simulated one, as from all genes of a cell; ``--own-depth`` takes it from the measured genes instead, which
@@ -8,11 +11,13 @@ takes part of the abundant genes' variance away and with it the dispersion's cov
 """
 
 import argparse
+import itertools
 import json
 import time
 import warnings
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 import perturbprob as pb
@@ -60,27 +65,28 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=3000)
     parser.add_argument("--genes", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[3])
     parser.add_argument("--unequal", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--own-depth", action="store_true")
     parser.add_argument("--json", action="store_true")
     options, rows, start = parser.parse_args(), [], time.perf_counter()
     warnings.simplefilter("ignore")
-    for seed in range(options.screens):
-        unequal = options.unequal[seed % len(options.unequal)]
-        simulation = pb.simulate(n_cells=options.cells, n_genes=options.genes, n_batches=options.batches, unequal=unequal, seed=seed)
-        rows.append({"seed": seed, "unequal": unequal} | recover(simulation, epochs=options.epochs, own_depth=options.own_depth))
+    for seed, (n_batches, screen) in enumerate(itertools.product(options.batches, range(options.screens))):
+        label = {"seed": seed, "batches": n_batches, "unequal": options.unequal[screen % len(options.unequal)]}
+        how = {"n_cells": options.cells, "n_genes": options.genes, "n_batches": n_batches, "unequal": label["unequal"], "seed": seed}
+        rows.append(label | recover(pb.simulate(**how), epochs=options.epochs, own_depth=options.own_depth))
         if not options.json:
             print(rows[-1], flush=True)
-    mean = {name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0] if name not in ("seed", "unequal")}
-    setting = {
-        "cells": options.cells,
-        "genes": options.genes,
-        "batches": options.batches,
-        "own_depth": options.own_depth,
-        "seconds": round(time.perf_counter() - start),
+    table = pd.DataFrame(rows)
+    by_batches = table.groupby("batches")["batch_effect"].agg(["mean", "min", "max"]).round(3)
+    setting = {name: getattr(options, name) for name in ("cells", "genes", "epochs", "own_depth")}
+    answer = {
+        "mean": table.drop(columns=["seed", "batches", "unequal"]).mean().round(3).to_dict(),
+        "batch_effect_by_number_of_batches": by_batches.to_dict("index"),
+        "setting": setting | {"seconds": round(time.perf_counter() - start)},
+        "screens": rows,
     }
-    print(json.dumps({"mean": mean, "setting": setting, "screens": rows}, indent=1))
+    print(json.dumps(answer, indent=1))
 
 
 if __name__ == "__main__":

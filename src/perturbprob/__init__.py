@@ -43,6 +43,7 @@ from perturbprob.inference import (  # noqa: E402
 )
 from perturbprob.model import CellModel, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
 from perturbprob.studies import (  # noqa: E402
+    BatchPrior,
     baselines,
     batch_error,
     decompose_batches,
@@ -62,6 +63,7 @@ __all__ = [
     "Activation",
     "AliasedWarning",
     "Assay",
+    "BatchPrior",
     "CellModel",
     "ExchangeableBatches",
     "Fit",

@@ -127,6 +127,59 @@ def test_even_batches_have_the_same_composition_and_unequal_ones_do_not():
     assert full > 0.7
 
 
+@pytest.mark.parametrize("coupling", [0.0, 1.0])
+def test_the_map_of_the_truth_rests_at_control_and_has_the_identity_for_its_gradient_without_coupling(coupling):
+    simulation = simulate(
+        n_cells=60, n_genes=12, n_perturbations=2, media=("a", "b"), times=(1.0,), inactive=0.0, coupling=coupling, seed=3
+    )
+    rest, rng = np.log(simulation.truth["rate_share"].values[:1]), np.random.default_rng(0)
+    x = rest + rng.normal(0, 0.5, (4, 12))
+    x -= np.log(np.exp(x).sum(1, keepdims=True))
+    same, moved = (simulation.outcome(x, simulation.truth["condition"].values[k]) for k in (0, -1))
+    np.testing.assert_allclose(same, x, atol=1e-7)
+    np.testing.assert_allclose(simulation.outcome(x + 3.0, simulation.truth["condition"].values[-1]), moved, atol=1e-7)  # depth
+    change = (moved - x) - (moved - x)[:, :1]  # what normalisation adds is the same for all genes
+    assert np.abs(change).max() > 0.1
+    assert (change.std(axis=0).max() > 1e-3) == bool(coupling)
+
+
+def test_without_coupling_each_cell_changes_as_the_median_cell_and_with_it_by_its_own_regulators():
+    for coupling in (0.0, 1.0):
+        simulation = simulate(n_cells=90, n_genes=12, n_perturbations=2, times=(1.0,), inactive=0.0, coupling=coupling, seed=3)
+        truth, rate = simulation.truth, simulation.log_rate(simulation.truth["condition"].values[1])
+        rest = simulation.log_rate("Protocol([Wait(1)])")
+        change = (rate - rest).values - (rate - rest).values[:, :1]
+        assert (change.std(0).max() > 0.02) == bool(coupling)
+        np.testing.assert_allclose(np.exp(truth["median_log_rate"].values[0]), np.exp(simulation.network.base), rtol=1e-9)
+
+
+# Measured again, in other batches.
+
+
+def test_a_layout_is_measured_as_it_is_written_and_only_cells_and_batches_change():
+    simulation = simulate(n_cells=90, n_genes=10, n_perturbations=2, media=("a", "b"), times=(1.0,), seed=3)
+    layout = simulation.screen.summary().iloc[::-1] * [1, 2, 0]
+    layout.insert(0, "lane", range(1, 7))
+    layout = layout.drop(columns="batch3")
+    again = simulation.remeasured(layout, seed=1)
+    pd.testing.assert_frame_equal(again.screen.summary()[list(layout)], layout.iloc[::-1], check_dtype=False, check_names=False)
+    for name in ("rate_share", "log_fold_change", "dispersion", "network"):
+        assert again.truth[name].identical(simulation.truth[name])
+    assert again.adata.X.toarray().tobytes() == simulation.remeasured(layout, seed=1).adata.X.toarray().tobytes()
+
+
+def test_batch_effects_of_layouts_are_independent_draws_and_a_seed_keeps_those_of_the_first_batches():
+    simulation = simulate(n_cells=600, n_genes=300, n_perturbations=1, times=(1.0,), depth=3000.0, seed=3)
+    table = pd.DataFrame(5, simulation.screen.summary().index, [f"lane{b}" for b in range(6)])
+    eta = simulation.remeasured(table, batch_scale=0.3, seed=1).truth["batch_effect"]
+    assert abs(float(eta.std()) - 0.3) < 4 * 0.3 / np.sqrt(2 * eta.size)
+    assert abs(float(eta.mean("batch").var()) / (0.09 / 6) - 1) < 4 * np.sqrt(2 / 300)
+    assert np.abs(np.corrcoef(eta)[np.triu_indices(6, 1)]).max() < 4 / np.sqrt(300)
+    assert np.abs(eta.values @ simulation.truth["rate_share"].values[0]).max() < 1e-12
+    fewer = simulation.remeasured(table.iloc[:, :2], batch_scale=0.3, seed=1).truth["batch_effect"]
+    np.testing.assert_allclose(fewer, eta[:2], atol=1e-12)
+
+
 # Recovery.
 
 
@@ -253,6 +306,7 @@ def test_every_form_of_screen_converts(form):
         ({"heterogeneity": float("nan")}, r"heterogeneity must be a number from 0 to 1\.5; got nan"),
         ({"inactive": 1.5}, r"inactive must be a number from 0 to 1; got 1\.5"),
         ({"unequal": -0.2}, r"unequal must be a number from 0 to 1; got -0\.2"),
+        ({"coupling": 1.1}, r"coupling must be a number from 0 to 1; got 1\.1"),
         ({"unequal": 2.0}, r"unequal must be a number from 0 to 1; got 2\.0"),
         ({"dispersion": 0.0}, r"dispersion must be a number from 0\.01 to 1e\+06; got 0\.0"),
         ({"depth": 0.5}, r"depth must be a number from 1 to 1e\+06; got 0\.5"),
@@ -269,3 +323,18 @@ def test_every_form_of_screen_converts(form):
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises((ValueError, TypeError), match=message):
         simulate(**setting)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.rename(index={"control": "contrl"}), r"The truth holds no condition \('contrl', 'baseline', 1\.0\)"),
+        (lambda table: -table, "whole numbers of cells of at least 0"),
+        (lambda table: table / 2, "whole numbers of cells of at least 0"),
+        (lambda table: table * [1, 1, 0], "some in every batch"),
+    ],
+)
+def test_a_table_that_is_no_layout_is_refused(change, message):
+    simulation = simulate(n_cells=60, n_genes=8, n_perturbations=1, seed=1)
+    with pytest.raises(ValueError, match=message):
+        simulation.remeasured(change(simulation.screen.summary()))

@@ -1,12 +1,16 @@
 """Plans: the covariance is that of a normal model, and layouts are ranked as the paper's conclusions say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import perturbprob as pb
-from perturbprob.studies.batch_plan import covariance
+from perturbprob.inference.draws import centre
+from perturbprob.studies.batch_plan import PROPOSED, _FittedTable
+from perturbprob.studies.layout_error import covariance
 
 SHORT = {"n_draws": 6, "progress": False}
 
@@ -56,10 +60,11 @@ def test_estimates_are_as_wrong_as_the_covariance_says() -> None:
     np.testing.assert_allclose(difference.square().mean(0), expected, rtol=0.05)
 
 
-def test_controls_in_every_batch_are_better_than_in_one_and_hashed_media_than_split(fit: pb.Fit, screen: pb.Screen) -> None:
+@pytest.mark.parametrize("of", ["change", "map"])
+def test_controls_in_every_batch_are_better_than_in_one_and_hashed_media_than_split(fit: pb.Fit, screen: pb.Screen, of: str) -> None:
     layouts = pb.propose_layouts(screen, 4, 1600)
     assert {name: int(table.to_numpy().sum()) for name, table in layouts.items()} == dict.fromkeys(layouts, 1600)
-    plan = pb.plan_batches(fit, layouts, **SHORT)
+    plan = pb.plan_batches(fit, layouts, of=of, n_draws=3, n_points=2, progress=False)
     mean = plan.error.mean("draw")
     assert float(mean.sel(layout="controls in every batch")) < float(mean.sel(layout="controls in one batch"))
     assert float(mean.sel(layout="media hashed into every batch")) < float(mean.sel(layout="media split over batches"))
@@ -73,6 +78,53 @@ def test_moves_lower_the_error_and_keep_the_cells(fit: pb.Fit, screen: pb.Screen
     assert (better.sum(axis=1) == start.sum(axis=1)).all()
     mean = pb.plan_batches(fit, {"start": start, "better": better}, **SHORT).error.mean("draw")
     assert float(mean.sel(layout="better")) < float(mean.sel(layout="start"))
+
+
+def test_a_prior_with_the_numbers_of_a_fit_ranks_layouts_as_the_fit_does(fit: pb.Fit, screen: pb.Screen) -> None:
+    layouts = pb.propose_layouts(screen, 4, 1600)
+    noise, spread, effect = _FittedTable(fit, layouts[PROPOSED[0]]).law(centre(fit.model, fit.guide))
+    rest = float(noise.median()) - 1 / 5.0  # that of the counts, as a Poisson's
+    prior = pb.BatchPrior(
+        batch_scale=float(spread.median()) ** 0.5, effect_scale=float(effect.median()) ** 0.5, mean_count=1 / rest, heterogeneity=0.0
+    )
+    fitted, expected = (pb.plan_batches(source, layouts, **SHORT).error.mean("draw") for source in (fit, prior))
+    assert list(np.argsort(fitted)) == list(np.argsort(expected))
+    assert bool((np.abs(np.log(expected / fitted)) < np.log(3)).all())
+    sure = pb.plan_batches(replace(prior, uncertainty=0.0), layouts, **SHORT).error
+    assert float(sure.std("draw").max()) < 1e-12
+    law = covariance(torch.as_tensor(layouts[PROPOSED[1]].to_numpy() * 1.0), *prior.law(8))[0]
+    origin = [0] * 8
+    by_hand = (law.diagonal() + law[origin, origin] - 2 * law[range(8), origin]).mean()
+    np.testing.assert_allclose(sure.sel(layout=PROPOSED[1])[0], by_hand)
+
+
+def test_a_prior_alone_proposes_better_layouts(screen: pb.Screen) -> None:
+    layouts = pb.propose_layouts(screen, 4, 1600)
+    layouts["moved"] = pb.improve_layout(pb.BatchPrior(), layouts["controls in one batch"], n_moves=6)
+    plan = pb.plan_batches(pb.BatchPrior(), layouts)
+    low, high = (float(plan.error.sel(layout="moved").quantile(q)) for q in (0.05, 0.95))
+    assert 0 < low < 0.5 * high  # an interval, and no number out of nowhere
+    mean = plan.error.mean("draw")
+    assert float(mean.sel(layout="moved")) < float(mean.sel(layout="controls in one batch"))
+    larger = pb.plan_batches(pb.BatchPrior(batch_scale=0.4), layouts).error.mean("draw")
+    assert bool((larger >= mean * (1 - 1e-9)).all())  # equal where every condition is spread alike
+
+
+def test_what_a_prior_cannot_say_is_refused(screen: pb.Screen) -> None:
+    layouts = pb.propose_layouts(screen, 2, 800)
+    with pytest.raises(ValueError, match="BatchPrior has no 𝓕"):
+        pb.plan_batches(pb.BatchPrior(), layouts, of="map")
+    with pytest.raises(ValueError, match="of='maps': use 'change' or 'map'"):
+        pb.plan_batches(pb.BatchPrior(), layouts, of="maps")
+    with pytest.raises(ValueError, match="no row for control in 'baseline' at time 1"):
+        pb.plan_batches(pb.BatchPrior(), {"x": layouts[PROPOSED[0]].iloc[2:]})
+    for setting, message in (
+        ({"batch_scale": 0.0}, r"batch_scale=0\.0\): use a finite number above 0"),
+        ({"heterogeneity": -1.0}, "heterogeneity=-1.0.*of at least 0"),
+        ({"mean_count": float("nan")}, "mean_count=nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pb.BatchPrior(**setting)
 
 
 def test_a_screen_is_a_layout_and_what_is_no_layout_is_refused(fit: pb.Fit, screen: pb.Screen) -> None:

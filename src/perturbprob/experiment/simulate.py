@@ -11,15 +11,13 @@ import pandas as pd
 import xarray as xr
 from anndata import AnnData
 from numpy.random import Generator
-from scipy.integrate import solve_ivp
 from scipy.sparse import csr_matrix
 
 from perturbprob.experiment.action import Knockout, Media, Protocol, Wait
+from perturbprob.experiment.gene_network import N_PROGRAMMES, GeneNetwork, draw_network, draw_sparse, log_softmax
 from perturbprob.experiment.screen import Screen
 
-_PROGRAMMES = 3  # latent programmes in which cells differ
 _DEPTH_SD = 0.3  # standard deviation of the log size factor
-_LOG_PRODUCTION_LIMIT = 2.0  # input saturates here, so that no network runs away
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,25 +29,36 @@ class Simulation:
 
     - ``rate_share`` (condition, gene): expected share of a cell's counts at η = 0, averaged over cells; rows sum to 1.
     - ``log_fold_change`` (condition, gene): log of that share against control of the same media and time.
-    - ``batch_effect`` (batch, gene): η^b on the log rate. It sums to 0 over batches, and over genes when weighted by the
-      share of control in the baseline media (that constant is depth).
+    - ``batch_effect`` (batch, gene): η^b on the log rate. It sums to 0 over batches (not so after `remeasured`), and over genes when
+      weighted by the share of control in the baseline media (that constant is depth).
     - ``dispersion`` (gene): θ of the negative binomial, whose variance is μ + μ²/θ.
     - ``network`` (gene, regulator): signed weights.
     - ``active`` (target): whether knocking out this gene does anything at all.
     - ``size_factor`` (cell): depth of the cell relative to ``depth``.
-    - ``median_log_rate`` (condition, gene) and ``programme`` (cell, gene), what sets a cell apart from the median one; `log_rate`
-      adds them up.
+    - ``median_log_rate`` (condition, gene): log rate of the median cell, and ``programme`` (cell, gene), what sets a cell apart from
+      it at rest.
 
-    The condition axis is labelled by ``str(Protocol)`` and carries perturbation, media and time.
+    The condition axis is labelled by ``str(Protocol)`` and carries perturbation, media and time. ``network`` is what made it.
     """
 
     adata: AnnData
     truth: xr.Dataset
+    network: GeneNetwork
 
     @cached_property
     def screen(self) -> Screen:
         """The counts as a `Screen`; the first media is its baseline."""
         return Screen.from_anndata(self.adata, media="media", baseline=str(self.truth["media"].values[0]), time="time", batch="batch")
+
+    def outcome(self, x: np.ndarray, condition: str | Protocol) -> np.ndarray:
+        """Return 𝓕 of the truth (eq 12): the log share of each gene in a condition, for cells that rest at log shares x (point, gene).
+
+        >>> simulation = simulate(n_cells=100, n_genes=10, n_perturbations=2, coupling=1.0, seed=1)
+        >>> rest = np.log(simulation.truth["rate_share"].values[:1])
+        >>> bool(np.allclose(simulation.outcome(rest, "Protocol([Wait(1)])"), rest))  # untouched cells rest
+        True
+        """
+        return log_softmax(_carried(self.network, self.truth, x, self.truth.get_index("condition").get_loc(str(condition))))
 
     def log_rate(self, condition: str | Protocol) -> xr.DataArray:
         """Return the log of the expected count of each cell and gene had the same cells gone through a condition.
@@ -60,25 +69,35 @@ class Simulation:
         >>> simulation.log_rate(simulation.screen.conditions[-1]).sizes
         Frozen({'cell': 100, 'gene': 10})
         """
-        truth = self.truth
-        logits = truth["median_log_rate"].sel(condition=str(condition), drop=True) + truth["programme"]
-        eta = truth["batch_effect"].sel(batch=xr.DataArray(self.adata.obs["batch"].to_numpy(str), dims="cell"), drop=True)
-        depth = np.log(truth["size_factor"]) + np.log(truth.attrs["depth"])
-        total: xr.DataArray = xr.apply_ufunc(np.exp, logits).sum("gene")
-        log_rate: xr.DataArray = logits - np.log(total) + eta + depth
-        return log_rate.transpose("cell", "gene").assign_coords(cell=self.adata.obs_names.to_numpy(str))
+        truth, batch = self.truth, self.adata.obs["batch"].to_numpy(str)
+        share = self.outcome(self.network.base + truth["programme"].values, condition)
+        eta = truth["batch_effect"].sel(batch=batch).values
+        log_rate = share + eta + np.log(truth["size_factor"].values)[:, None] + np.log(truth.attrs["depth"])
+        return xr.DataArray(log_rate, {"cell": self.adata.obs_names.to_numpy(str), "gene": truth["gene"].values}, ("cell", "gene"))
 
+    def remeasured(self, layout: pd.DataFrame, *, batch_scale: float = 0.2, seed: int = 0) -> "Simulation":
+        """Measure the same truth again, in the batches of a layout, whose effects are independent draws from their population.
 
-@dataclass(frozen=True, eq=False)
-class _System:
-    """The cells before anything is done to them, and the network that answers."""
+        ``layout`` is a table of cells, conditions (perturbation, media, time) × batches, as `Screen.summary` and `propose_layouts`
+        give. η^b ~ Normal(0, batch_scale²) for each gene, centred over genes by rate but not over batches: their mean is part of
+        what is measured, and nothing in the counts tells of it. One seed gives the first batches of all layouts the same effects.
 
-    base: np.ndarray  # log rate at rest, per gene
-    decay: np.ndarray  # per gene and unit of time
-    dispersion: np.ndarray  # per gene
-    loadings: np.ndarray  # programme × gene
-    target: np.ndarray  # the genes that the screen knocks out
-    network: np.ndarray  # gene × regulator
+        Raises ValueError for a condition that the truth does not hold, numbers of cells below 0, and a batch without cells.
+
+        >>> simulation = simulate(n_cells=60, n_genes=8, n_perturbations=1, times=(1.0,), seed=1)
+        >>> layout = simulation.screen.summary() * 2
+        >>> again = simulation.remeasured(layout, seed=5)
+        >>> bool((again.screen.summary() == layout).all(axis=None)), again.truth["rate_share"].identical(simulation.truth["rate_share"])
+        (True, True)
+        """
+        _check_range(0.0, 5.0, batch_scale=batch_scale)
+        _check_whole(seed=(seed, 0))
+        condition, batch = _placed(layout, self.truth)
+        lanes, cells = (np.random.default_rng([seed, stream]) for stream in (1, 2))
+        shuffled = cells.permutation(len(condition))
+        eta = _batch_effect(lanes, layout.shape[1], batch_scale, self.truth["rate_share"].values[0])
+        truth = self.truth.drop_dims(["batch", "cell"]).assign_coords(batch=layout.columns.astype(str).to_numpy())
+        return _measured(self.network, truth.assign(batch_effect=(("batch", "gene"), eta)), condition[shuffled], batch[shuffled], cells)
 
 
 def simulate(
@@ -96,15 +115,19 @@ def simulate(
     dispersion: float = 5.0,
     depth: float = 200.0,
     unequal: float = 0.0,
+    coupling: float = 0.0,
     seed: int = 0,
 ) -> Simulation:
     """Simulate a screen: control and ``n_perturbations`` knock-outs, in every media, at every time, over ``n_batches``.
 
-    Transcripts r, relative to rest, leave r = 1 by dr/dt = d ⊙ (exp f(W (h(q) − 1) + c_m) − r), where h(q) = 2q / (1 + q),
-    f saturates at ±2 and c_m is the input of the media (0 in the first, the baseline). The product q equals r; it is 0 for
+    Transcripts r, relative to rest, leave r = 1 by dr/dt = d ⊙ (exp f(W (h(q) − h(q₀)) + c_m) − r), where h(q) = 2q / (1 + q),
+    f saturates at ±2 and c_m is the input of the media (0 in the first, the baseline). The product q is q₀ r; it is 0 for
     a gene knocked out, whose own transcript is still made. Cells differ in three latent programmes u ~ N(0, I), and
 
         counts ~ NB(mean = depth · size factor · softmax(log base + log r + L u) · exp(η^b), θ).
+
+    log q₀ is ``coupling`` times the log share of the gene at rest, against the median cell: at 0 all cells change alike and 𝓕 has
+    the identity for its gradient; at 1 a cell that makes more of a regulator loses more with it, and 𝓕 is not linear.
 
     ``times`` are ≥ 0 in any unit, in which decay d is near 1. Scales are in natural logs: ``batch_scale`` (sd of η
     before it is centred), ``effect_scale`` (mean weight of an edge and of a media input) and ``heterogeneity`` (sd between
@@ -124,101 +147,48 @@ def simulate(
     _check_whole(n_cells=(n_cells, 1), n_genes=(n_genes, 2), n_perturbations=(n_perturbations, 0), n_batches=(n_batches, 1), seed=(seed, 0))
     _check_range(0.0, 5.0, batch_scale=batch_scale, effect_scale=effect_scale)
     _check_range(0.0, 1.5, heterogeneity=heterogeneity)
-    _check_range(0.0, 1.0, inactive=inactive, unequal=unequal)
+    _check_range(0.0, 1.0, inactive=inactive, unequal=unequal, coupling=coupling)
     _check_range(0.01, 1e6, dispersion=dispersion)
     _check_range(1.0, 1e6, depth=depth)
     _check_levels(media, times)
     _check_fit(n_cells, n_genes, n_perturbations, len(media) * len(times))
 
     world, lanes, cells = (np.random.default_rng([seed, stream]) for stream in range(3))  # more cells leave the truth alone
-    system = _draw_system(world, n_genes, n_perturbations, round(inactive * n_perturbations), effect_scale, heterogeneity, dispersion)
-    context = [effect_scale * _sparse(world, n_genes, share=0.2 if i else 0.0) for i in range(len(media))]
-    log_rate = _log_rate(system, context, times)
-    condition, batch = _layout(cells, n_cells, len(log_rate), n_batches, unequal)
-
-    truth = _truth(system, log_rate, media, times).assign_coords(batch=[f"batch{b + 1}" for b in range(n_batches)])
-    eta = _batch_effect(lanes, n_batches, batch_scale, truth["rate_share"].values[0])
-    size_factor = np.exp(cells.normal(0, _DEPTH_SD, n_cells))
-    truth = truth.assign(batch_effect=(("batch", "gene"), eta), size_factor=("cell", size_factor))
-
-    programmes = cells.standard_normal((n_cells, _PROGRAMMES)) @ system.loadings
-    truth = truth.assign(programme=(("cell", "gene"), programmes)).assign_attrs(depth=depth)
-    mean = depth * size_factor[:, None] * _softmax(log_rate[condition] + programmes) * np.exp(eta[batch])
-    return _label(_draw_counts(cells, mean, system.dispersion), truth, condition, batch)
+    drawn = draw_network(world, n_genes, n_perturbations, round(inactive * n_perturbations), effect_scale, heterogeneity, dispersion)
+    inputs = np.stack([effect_scale * draw_sparse(world, n_genes, share=0.2 if i else 0.0) for i in range(len(media))])
+    network = GeneNetwork(**drawn, inputs=inputs, coupling=coupling)
+    truth = _truth(network, media, times).assign_coords(batch=[f"batch{b + 1}" for b in range(n_batches)]).assign_attrs(depth=depth)
+    condition, batch = _layout(cells, n_cells, truth.sizes["condition"], n_batches, unequal)
+    eta = _batch_effect(lanes, n_batches, batch_scale, truth["rate_share"].values[0], zero_sum=True)
+    return _measured(network, truth.assign(batch_effect=(("batch", "gene"), eta)), condition, batch, cells)
 
 
-def _draw_system(
-    rng: Generator, n_genes: int, n_targets: int, n_inactive: int, effect_scale: float, heterogeneity: float, dispersion: float
-) -> _System:
-    """Draw base rates over a 200-fold range, decay near 1, and a network in which active targets are hubs."""
-    target = rng.choice(n_genes, n_targets, replace=False)
-    reach = np.full(n_genes, 0.02)
-    reach[target] = 0.12
-    weights = np.stack([_sparse(rng, n_genes, reach[j], skip=j) for j in range(n_genes)], axis=1)
-    weights[:, target[:n_inactive]] = 0
-    return _System(
-        base=rng.uniform(0, np.log(200), n_genes),
-        decay=np.exp(rng.normal(0, 0.3, n_genes)),
-        dispersion=dispersion * np.exp(rng.normal(0, 0.5, n_genes)),
-        loadings=rng.normal(0, heterogeneity / np.sqrt(_PROGRAMMES), (_PROGRAMMES, n_genes)),
-        target=np.sort(target),
-        network=effect_scale * weights,
-    )
+def _measured(network: GeneNetwork, truth: xr.Dataset, condition: np.ndarray, batch: np.ndarray, rng: Generator) -> Simulation:
+    """Draw cells of given conditions and batches, and their counts."""
+    size_factor = np.exp(rng.normal(0, _DEPTH_SD, len(condition)))
+    programme = rng.standard_normal((len(condition), N_PROGRAMMES)) @ network.loadings
+    log_rate = truth["median_log_rate"].values[condition] + programme
+    for c in np.unique(condition) if network.coupling else ():
+        log_rate[condition == c] = _carried(network, truth, network.base + programme[condition == c], int(c))
+    mean = truth.attrs["depth"] * size_factor[:, None] * np.exp(log_softmax(log_rate) + truth["batch_effect"].values[batch])
+    counts = _draw_counts(rng, mean, network.dispersion)
+    truth = truth.assign(size_factor=("cell", size_factor), programme=(("cell", "gene"), programme))
+    adata = _labelled(counts, truth, condition, batch)
+    return Simulation(adata, truth.assign_coords(cell=adata.obs_names.to_numpy(str)), network)
 
 
-def _sparse(rng: Generator, n_genes: int, share: float, *, skip: int = -1) -> np.ndarray:
-    """Draw signed weights of mean size 1 on a share of the genes, at least one if the share is not 0, never on gene ``skip``."""
-    others = np.setdiff1d(np.arange(n_genes), skip)
-    chosen = rng.choice(others, max(int(share > 0), rng.binomial(len(others), share)), replace=False)
-    weights = np.zeros(n_genes)
-    weights[chosen] = rng.choice([-1, 1], len(chosen)) * rng.gamma(4, 1 / 4, len(chosen))
-    return weights
+def _carried(network: GeneNetwork, truth: xr.Dataset, x: np.ndarray, condition: int) -> np.ndarray:
+    """Return log rates (point, gene) in a condition, given by its number."""
+    at = {name: truth[name].values for name in ("perturbation", "media", "time")}
+    lost = int(truth.get_index("gene").get_indexer([at["perturbation"][condition]])[0])
+    media = list(dict.fromkeys(at["media"])).index(at["media"][condition])
+    return network.outcome(x, lost if lost >= 0 else None, media, [float(at["time"][condition])])[0]
 
 
-def _log_rate(system: _System, contexts: list[np.ndarray], times: Sequence[float]) -> np.ndarray:
-    """Return the log rate of the median cell (condition, gene): perturbation slowest with control first, then media, then time."""
-    runs = itertools.product([None, *system.target.tolist()], contexts)
-    return system.base + np.log(np.concatenate([_time_course(system, context, lost, times) for lost, context in runs]))
-
-
-def _time_course(system: _System, context: np.ndarray, lost: int | None, times: Sequence[float]) -> np.ndarray:
-    """Integrate transcripts relative to rest, (time, gene), after the product of gene ``lost`` is gone."""
-
-    def slope(_: float, transcript: np.ndarray) -> np.ndarray:
-        product = transcript.copy()
-        if lost is not None:
-            product[lost] = 0
-        drive = system.network @ (2 * product / (1 + product) - 1) + context
-        limited = _LOG_PRODUCTION_LIMIT * np.tanh(drive / _LOG_PRODUCTION_LIMIT)
-        return system.decay * (np.exp(limited) - transcript)
-
-    moments, place = np.unique(np.asarray(times, dtype=float), return_inverse=True)
-    span = (0.0, moments[-1] or 1.0)
-    return solve_ivp(slope, span, np.ones(len(context)), method="LSODA", t_eval=moments, rtol=1e-8, atol=1e-10).y.T[place]
-
-
-def _expected_share(log_rate: np.ndarray, loadings: np.ndarray) -> np.ndarray:
-    """Average the softmax over the programmes by Gauss-Hermite quadrature.
-
-    Its error is below 1e-4 in the log up to a heterogeneity of 1 and below 1e-3 up to 1.5. All conditions share the
-    nodes, so conditions of equal rates get shares equal to the last bit.
-    """
-    node, weight = np.polynomial.hermite_e.hermegauss(11)
-    nodes = np.array(list(itertools.product(node, repeat=_PROGRAMMES)))
-    weights = np.array(list(itertools.product(weight, repeat=_PROGRAMMES))).prod(axis=1)
-    return weights @ _softmax(log_rate + nodes @ loadings) / weights.sum()
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Normalise the exponentials over genes, the last axis."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def _batch_effect(rng: Generator, n_batches: int, scale: float, share: np.ndarray) -> np.ndarray:
-    """Draw η (batch, gene) and centre it over batches, then over genes by rate; the second keeps the first."""
+def _batch_effect(rng: Generator, n_batches: int, scale: float, share: np.ndarray, *, zero_sum: bool = False) -> np.ndarray:
+    """Draw η (batch, gene) and centre it over batches, if asked for, then over genes by rate; the second keeps the first."""
     eta = rng.normal(0, scale, (n_batches, len(share)))
-    eta -= eta.mean(axis=0)
+    eta -= eta.mean(axis=0) if zero_sum else 0
     return eta - (eta @ share / share.sum())[:, None]
 
 
@@ -244,24 +214,53 @@ def _draw_counts(rng: Generator, mean: np.ndarray, dispersion: np.ndarray) -> np
     return counts
 
 
-def _truth(system: _System, log_rate: np.ndarray, media: Sequence[str], times: Sequence[float]) -> xr.Dataset:
-    """Name what was drawn, and derive what is identified."""
-    gene = [f"G{i + 1:0{len(str(len(system.base)))}d}" for i in range(len(system.base))]
-    target = [gene[j] for j in system.target]
-    share = np.stack([_expected_share(row, system.loadings) for row in log_rate])
+def _placed(layout: pd.DataFrame, truth: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the condition and batch of each cell of a layout, in the order of the table."""
+    known = pd.MultiIndex.from_arrays([truth[name].values for name in ("perturbation", "media", "time")])
+    rows, cells = known.get_indexer(layout.index), layout.to_numpy()
+    if (rows < 0).any():
+        raise ValueError(
+            f"The truth holds no condition {layout.index[rows < 0].tolist()[0]}. Take the rows of layout from screen.summary()."
+        )
+    if not np.issubdtype(cells.dtype, np.integer) or cells.min(initial=0) < 0 or not cells.any(axis=0).all():
+        raise ValueError("layout must hold whole numbers of cells of at least 0, and some in every batch.")
+    row, batch = (index.ravel() for index in np.indices(cells.shape))
+    return rows[np.repeat(row, cells.ravel())], np.repeat(batch, cells.ravel())
+
+
+def _truth(network: GeneNetwork, media: Sequence[str], times: Sequence[float]) -> xr.Dataset:
+    """Name what was drawn, and derive what is identified: perturbation slowest with control first, then media, then time."""
+    gene = [f"G{i + 1:0{len(str(len(network.base)))}d}" for i in range(len(network.base))]
+    target = [gene[j] for j in network.target]
+    nodes, weights = _programmes(network.loadings)
+    runs = itertools.product([None, *network.target.tolist()], range(len(media)))
+    solved = [network.outcome(network.base + nodes, lost, m, times) for lost, m in runs]
+    share = np.concatenate([weights @ np.exp(log_softmax(run)) for run in solved])
     log_share = np.log(share).reshape(len(target) + 1, -1, len(gene))
     variables = {
         "rate_share": (("condition", "gene"), share),
-        "median_log_rate": (("condition", "gene"), log_rate),
+        "median_log_rate": (("condition", "gene"), np.concatenate([run[:, len(nodes) // 2] for run in solved])),
         "log_fold_change": (("condition", "gene"), (log_share - log_share[:1]).reshape(share.shape)),
-        "dispersion": ("gene", system.dispersion),
-        "network": (("gene", "regulator"), system.network),
-        "active": ("target", system.network[:, system.target].any(axis=0)),
+        "dispersion": ("gene", network.dispersion),
+        "network": (("gene", "regulator"), network.weights),
+        "active": ("target", network.weights[:, network.target].any(axis=0)),
     }
     conditions = list(itertools.product(["control", *target], media, map(float, times)))
     protocol = [str(_protocol(*condition).with_baseline(media[0])) for condition in conditions]
     labels = pd.DataFrame(conditions, columns=["perturbation", "media", "time"], index=pd.Index(protocol, name="condition"))
     return xr.Dataset(variables, {"gene": gene, "regulator": gene, "target": target}).assign_coords(labels.to_xarray())
+
+
+def _programmes(loadings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what programmes add to log rates, and weights that sum to 1, for Gauss-Hermite quadrature; the middle one is the median cell.
+
+    Its error is below 1e-4 in the log up to a heterogeneity of 1 and below 1e-3 up to 1.5. All conditions share the
+    nodes, so conditions of equal rates get shares equal to the last bit.
+    """
+    node, weight = np.polynomial.hermite_e.hermegauss(11)
+    nodes = np.array(list(itertools.product(node, repeat=N_PROGRAMMES)))
+    weights = np.array(list(itertools.product(weight, repeat=N_PROGRAMMES))).prod(axis=1)
+    return nodes @ loadings, weights / weights.sum()
 
 
 def _protocol(perturbation: str, media: str, time: float) -> Protocol:
@@ -270,13 +269,12 @@ def _protocol(perturbation: str, media: str, time: float) -> Protocol:
     return Protocol([*knockouts, Media(media), Wait(time)])
 
 
-def _label(counts: np.ndarray, truth: xr.Dataset, condition: np.ndarray, batch: np.ndarray) -> Simulation:
+def _labelled(counts: np.ndarray, truth: xr.Dataset, condition: np.ndarray, batch: np.ndarray) -> AnnData:
     """Put the counts beside what is known of every cell."""
     cell = [f"cell{i + 1}" for i in range(len(counts))]
     known = {name: truth[name].values[condition] for name in ("perturbation", "media", "time")}
     obs = pd.DataFrame(known | {"perturbation_type": "knockout", "batch": truth["batch"].values[batch]}, index=cell)
-    adata = AnnData(csr_matrix(counts, dtype=np.float32), obs=obs, var=pd.DataFrame(index=truth["gene"].values))
-    return Simulation(adata, truth.assign_coords(cell=cell))
+    return AnnData(csr_matrix(counts, dtype=np.float32), obs=obs, var=pd.DataFrame(index=truth["gene"].values))
 
 
 def _check_whole(**settings: tuple[int, int]) -> None:

@@ -5,6 +5,7 @@ from perturbprob.studies.batch_decomposition import decompose_batches
 from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
 from perturbprob.studies.depth_effects import depth_effects
+from perturbprob.studies.layout_error import BatchPrior
 from perturbprob.studies.mean_decomposition import decompose_means
 from perturbprob.studies.predictive_check import predictive_check
 from perturbprob.studies.proof_of_principle import proof_of_principle
@@ -12,6 +13,7 @@ from perturbprob.studies.sensitivity import sensitivity
 from perturbprob.studies.steady_state import steady_states
 
 __all__ = [
+    "BatchPrior",
     "baselines",
     "batch_error",
     "decompose_batches",

@@ -17,6 +17,7 @@ from perturbprob.experiment.screen import Screen
 from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
 from perturbprob.inference.predict import Expectation
 from perturbprob.inference.projected import projected
+from perturbprob.studies.layout_error import BatchPrior, Law, covariance, error_of_changes
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -90,15 +91,16 @@ def propose_layouts(screen: Screen, n_batches: int, n_cells: int) -> dict[str, p
 
 @torch.no_grad()
 def plan_batches(
-    fit: "Fit",
+    source: "Fit | BatchPrior",
     layouts: Mapping[str, "pd.DataFrame | Screen"],
     *,
+    of: str = "change",
     n_draws: int = 20,
     n_points: int = 4,
     seed: int = 0,
     progress: bool = True,
 ) -> BatchPlan:
-    """Return the error that each layout would leave, as far as a fit of a similar screen can tell.
+    """Return the error that each layout would leave, as far as a fit of a similar screen can tell, or a prior.
 
     In a layout the mean log rate f_c of condition c is seen in batch b with n_cb cells as f_c + η^b + noise, noise of variance s²_c / n_cb,
     η^b ~ Normal(0, τ²) independently. Given τ, s² and the size v of effects, f has a normal posterior of covariance C for each gene,
@@ -107,49 +109,76 @@ def plan_batches(
         ε_c = δ_c − δ_0·∇𝓕(x, c),    δ ~ Normal(0, C),
 
     δ_0 being the error of control in baseline media at the time of c: eq 22 with the batch effects estimated as well as the layout
-    allows, and the sampling of cells beside them. τ, s², v and 𝓕 are those of the fit, draw by draw. ``layouts`` maps names to tables of
-    cells as `Screen.summary` or `propose_layouts` give, or to screens. Raises ValueError for a condition without its control in
-    the table, or one that the fit does not know.
+    allows, and the sampling of cells beside them. ``of="change"`` plans for changes against control, as `effects` gives them: a map that
+    adds a change to the cell has ∇𝓕 = 1. ``of="map"`` takes ∇𝓕 of the fitted 𝓕 at ``n_points`` cells: the log rates themselves, whose
+    common level no batch tells of.
+
+    τ, s² and v are those of the fit, draw by draw, or of a `BatchPrior`, which has no 𝓕. ``layouts`` maps names to tables of cells as
+    `Screen.summary` or `propose_layouts` give, or to screens; with a prior the media of the first row of control is the baseline.
+    Raises ValueError for a condition without its control in the table, or one that the fit does not know.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, times=(1.0,), seed=1).screen
+    >>> layouts = pb.propose_layouts(screen, 3, 300)
+    >>> pb.plan_batches(pb.BatchPrior(batch_scale=0.3), layouts).best
+    'media hashed into every batch'
     >>> fit = pb.fit(pb.node(screen, 2, assumptions=[pb.UneditedStable()]), screen, epochs=2, progress=False)
-    >>> plan = pb.plan_batches(fit, pb.propose_layouts(screen, 3, 300), n_draws=3, progress=False)
+    >>> plan = pb.plan_batches(fit, layouts, n_draws=3, progress=False)
     >>> plan.error.sizes["layout"]
     3
     """
     check_draws(n_draws)
-    if fit.model.batch_effect.n_batches == 1:
-        raise ValueError("The fit has one batch: how far batches differ was never seen. Plan with a fit of several batches.")
+    if of not in ("change", "map"):
+        raise ValueError(f"of={of!r}: use 'change' or 'map'.")
     tables = {name: one.summary() if isinstance(one, Screen) else one for name, one in layouts.items()}
-    plans = {name: _Table(fit, table) for name, table in tables.items()}
+    if isinstance(source, BatchPrior):
+        if of == "map":
+            raise ValueError("A BatchPrior has no 𝓕 to take the gradient of: use of='change', or plan with a fit.")
+        plans = [_Table(table) for table in tables.values()]
+        draws = source.draws(n_draws, seed)
+        values = [[error_of_changes(plan.cells, source.law(len(plan.cells), draw), plan.control) for plan in plans] for draw in draws]
+    else:
+        values = _from_fit(source, list(tables.values()), of, n_draws, n_points, seed, progress)
+    coords = {"draw": np.arange(n_draws), "layout": list(tables)}
+    return BatchPlan(xr.DataArray(np.array(values), coords, ("draw", "layout")).transpose("layout", "draw"), tables)
+
+
+def _from_fit(fit: "Fit", tables: list[pd.DataFrame], of: str, n_draws: int, n_points: int, seed: int, progress: bool) -> list[list[float]]:
+    """Return the error of each draw and layout."""
+    plans = [_FittedTable(fit, table) for table in tables]
     uniform = SobolEngine(fit.model.n_latent, scramble=True, seed=seed).draw(n_points).clamp(1e-6, 1 - 1e-6)
     values = []
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="plan" if progress else None)):
         row = []
-        for plan in plans.values():
+        for plan in plans:
             with seeded(seed, k, 9):  # the same noise for every layout
-                row.append(plan.error(sites, fit.model.rest_points(uniform.to(fit.model.log_share))))
+                if of == "change":
+                    row.append(error_of_changes(plan.table.cells, plan.law(sites), plan.table.control))
+                else:
+                    row.append(plan.error(sites, fit.model.rest_points(uniform.to(fit.model.log_share))))
         values.append(row)
-    coords = {"draw": np.arange(n_draws), "layout": list(plans)}
-    return BatchPlan(xr.DataArray(np.array(values), coords, ("draw", "layout")).transpose("layout", "draw"), tables)
+    return values
 
 
-def improve_layout(fit: "Fit", layout: pd.DataFrame, *, n_moves: int = 20, seed: int = 0) -> pd.DataFrame:
+def improve_layout(source: "Fit | BatchPrior", layout: pd.DataFrame, *, n_moves: int = 20, seed: int = 0) -> pd.DataFrame:
     """Return a layout after greedy moves: each takes half a condition's cells of one batch to another where that lowers the error most.
 
     The error is that of `plan_batches` for one gene of median τ, s² and v with ∇𝓕 = 1; moves stop where none helps.
     """
-    plan = _Table(fit, layout)
-    sites = next(iter(global_draws(fit.model, fit.guide, 1, seed)))
-    noise, spread, effect = (values.median(-1, keepdim=True).values for values in plan.law(sites))
-    cells = plan.cells.clone()
+    if isinstance(source, BatchPrior):
+        table = _Table(layout)
+        law = source.law(len(table.cells))
+    else:
+        plan = _FittedTable(source, layout)
+        table, whole = plan.table, plan.law(next(iter(global_draws(source.model, source.guide, 1, seed))))
+        law = (whole[0].median(-1, keepdim=True).values, whole[1].median(-1, keepdim=True).values, whole[2].median(-1, keepdim=True).values)
+    cells = table.cells.clone()
     for _ in range(n_moves):
         trials = list(_moves(cells))
-        errors = torch.stack([_expected(trial, noise, spread, effect, plan.control) for trial in trials])
-        if errors.min() >= _expected(cells, noise, spread, effect, plan.control) * (1 - 1e-6):
+        errors = [error_of_changes(trial, law, table.control) for trial in trials]
+        if min(errors, default=np.inf) >= error_of_changes(cells, law, table.control) * (1 - 1e-6):
             break
-        cells = trials[int(errors.argmin())]
+        cells = trials[int(np.argmin(errors))]
     return pd.DataFrame(cells.numpy().astype(int), index=layout.index, columns=layout.columns)
 
 
@@ -167,61 +196,43 @@ def _moves(cells: Float[Tensor, "condition batch"]) -> "list[Float[Tensor, 'cond
     return found
 
 
-def covariance(
-    cells: Float[Tensor, "condition batch"],
-    noise: Float[Tensor, "condition gene"],
-    spread: Float[Tensor, " gene"],
-    effect: Float[Tensor, " gene"],
-) -> Float[Tensor, "gene condition condition"]:
-    """Return the posterior covariance C of condition means whose batches have effects of variance ``spread`` (see `plan_batches`).
-
-    ``noise`` is s² of one cell, ``effect`` the variance v of conditions around their common level, which is free.
-
-    >>> one = covariance(torch.tensor([[4.0]]), torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([1.0]))
-    >>> round(float(one), 4)  # s²/n + τ²
-    1.5
-    """
-    weight = cells[None] / noise.T[:, :, None]  # gene, condition, batch
-    batch = weight.sum(1) + 1 / spread[:, None]
-    n = len(cells)
-    around = (torch.eye(n, dtype=cells.dtype) - 1 / n) / effect[:, None, None]
-    precision = torch.diag_embed(weight.sum(2)) + around - (weight / batch[:, None]) @ weight.mT
-    return torch.linalg.inv(precision)
-
-
-def _expected(
-    cells: Float[Tensor, "condition batch"], noise: Tensor, spread: Tensor, effect: Tensor, control: list[int]
-) -> Float[Tensor, ""]:
-    """Return the mean of (δ_c − δ_0)² over conditions and genes."""
-    c = covariance(cells, noise, spread, effect)
-    own, origin = torch.diagonal(c, dim1=1, dim2=2), torch.tensor(control)
-    return (own + own[:, origin] - 2 * c[:, torch.arange(len(cells)), origin]).mean()
-
-
 @final
 class _Table:
-    """One layout in the words of a fit."""
+    """A layout: its conditions, their cells in each batch, and the row of the control of each."""
 
-    def __init__(self, fit: "Fit", table: pd.DataFrame) -> None:
-        """Read the conditions, and find the control of each."""
-        self.fit, names = fit, fit.model.vocabulary
-        known = {
-            (p.perturbation, p.media or names.baseline or "baseline", p.time): p for p in map(Protocol.parse, fit.trained_on["conditions"])
-        }
-        keys = [(str(p), str(m), float(t)) for p, m, t in table.index]
-        if missing := [key for key in keys if key not in known]:
-            raise ValueError(f"The fit does not know the condition {missing[0]}. A layout holds conditions that were fitted.")
-        baseline = names.baseline or "baseline"
-        if lacking := [key for key in keys if ("control", baseline, key[2]) not in keys]:
+    def __init__(self, table: pd.DataFrame, baseline: str | None = None) -> None:
+        """Read the rows, and find the control of each."""
+        self.keys = [(str(p), str(m), float(t)) for p, m, t in table.index]
+        first = next((m for p, m, _ in self.keys if p == "control"), "baseline")
+        baseline = first if baseline is None else baseline
+        if lacking := [key for key in self.keys if ("control", baseline, key[2]) not in self.keys]:
             raise ValueError(
                 f"The layout has no row for control in {baseline!r} at time {lacking[0][2]:g}, which {lacking[0]} needs; 0 cells will do."
             )
-        self.control = [keys.index(("control", baseline, key[2])) for key in keys]
-        self.conditions = [known[key] for key in keys]
+        self.control = [self.keys.index(("control", baseline, key[2])) for key in self.keys]
         self.cells = torch.as_tensor(table.to_numpy(dtype=float))
-        self.expectation = Expectation(fit, self.conditions, [None] * len(keys))
 
-    def law(self, sites: Sites) -> tuple[Float[Tensor, "condition gene"], Float[Tensor, " gene"], Float[Tensor, " gene"]]:
+
+@final
+class _FittedTable:
+    """A layout in the words of a fit."""
+
+    def __init__(self, fit: "Fit", table: pd.DataFrame) -> None:
+        """Look its conditions up."""
+        if fit.model.batch_effect.n_batches == 1:
+            raise ValueError(
+                "The fit has one batch: how far batches differ was never seen. Plan with a fit of several batches, or a BatchPrior."
+            )
+        self.fit, names = fit, fit.model.vocabulary
+        baseline = names.baseline or "baseline"
+        known = {(p.perturbation, p.media or baseline, p.time): p for p in map(Protocol.parse, fit.trained_on["conditions"])}
+        if missing := [(str(p), str(m), float(t)) for p, m, t in table.index if (str(p), str(m), float(t)) not in known]:
+            raise ValueError(f"The fit does not know the condition {missing[0]}. A layout holds conditions that were fitted.")
+        self.table = _Table(table, baseline)
+        self.conditions = [known[key] for key in self.table.keys]
+        self.expectation = Expectation(fit, self.conditions, [None] * len(self.conditions))
+
+    def law(self, sites: Sites) -> Law:
         """Return s² of one cell in each condition, τ² and v, given one draw of the globals."""
         model, whole = self.fit.model, self.expectation.complete(sites)
         shares = torch.cat([self.expectation.log_shares(whole, part) for part in self.expectation.parts], 1).double()
@@ -237,13 +248,13 @@ class _Table:
 
     def error(self, sites: Sites, z0: Float[Tensor, "point latent"]) -> float:
         """Return the mean of ε² over conditions, points and genes, for errors δ drawn from their law."""
-        factor = torch.linalg.cholesky(covariance(self.cells, *self.law(sites)))
+        factor = torch.linalg.cholesky(covariance(self.table.cells, *self.law(sites)))
         noise = torch.randn(NOISES, *factor.shape[:2], 1, dtype=factor.dtype)
         delta = (factor @ noise)[..., 0].mT.to(self.fit.model.log_share)  # noise, condition, gene
-        origin = [self.conditions[k] for k in self.control]
+        origin = [self.conditions[k] for k in self.table.control]
         f = projected(self.fit, self.conditions, sites=sites)
         start = projected(self.fit, origin, sites=sites)
         state = self.fit.model.moved(start.sites, z0[:, None].expand(-1, len(origin), -1), start.segments)
         x = self.fit.model.log_shares(start.sites, state, start.rows)
-        slopes = [f.slope(x, d[self.control].expand_as(x))[1] - d for d in delta]
+        slopes = [f.slope(x, d[self.table.control].expand_as(x))[1] - d for d in delta]
         return float(torch.stack(slopes).square().mean())
