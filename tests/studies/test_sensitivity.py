@@ -10,8 +10,8 @@ import perturbprob as pb
 
 @pytest.fixture(scope="module")
 def screen() -> pb.Screen:
-    """A small screen over two times."""
-    return pb.simulate(n_cells=400, n_genes=8, n_perturbations=2, times=(1.0, 2.0), n_batches=2, seed=1).screen
+    """A small screen in two media."""
+    return pb.simulate(n_cells=400, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(1.0,), n_batches=2, seed=1).screen
 
 
 def test_each_assumption_is_left_out_once(screen: pb.Screen) -> None:

@@ -52,3 +52,9 @@ def test_few_pairs_do_not_seem_sure(screen):
     found = pb.SilentInBaseline(screen.perturbations[0]).test(screen)
     assert not found.testable
     assert "too few to know how far they differ" in repr(found)
+
+
+def test_one_media_alone_is_pointed_out():
+    screen = pb.simulate(n_cells=100, n_genes=6, n_perturbations=2, times=(1.0,), seed=1).screen
+    with pytest.warns(UserWarning, match="on a screen of one media, .* says that these perturbations do nothing at all"):
+        pb.node(screen, 2, assumptions=[pb.SilentInBaseline()])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.paths import Pair
+from perturbprob.experiment.screen import require_screen
 from perturbprob.model.assumptions.evidence import AssumptionTest
 
 if TYPE_CHECKING:
@@ -115,8 +116,14 @@ class Assumption(ABC):
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return the input-output pairs that it adds to those of eq 5."""
 
-    @abstractmethod
+    @final
     def test(self, screen: "Screen") -> AssumptionTest:
+        """Ask the screen: how large is the effect that is denied, how well is that known, and what makes it untestable."""
+        require_screen(screen)
+        return self._test(screen)
+
+    @abstractmethod
+    def _test(self, screen: "Screen") -> AssumptionTest:
         """Ask the screen."""
 
 

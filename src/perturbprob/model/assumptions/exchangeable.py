@@ -36,7 +36,7 @@ class ExchangeableBatches(Assumption):
         """Return nothing: it adds no pair."""
         return []
 
-    def test(self, screen: "Screen") -> AssumptionTest:
+    def _test(self, screen: "Screen") -> AssumptionTest:
         """Say that no screen that needs it can test it."""
         why = "V is connected, each batch shares conditions with others, and nothing rests on it."
         if not screen.layout.connected:

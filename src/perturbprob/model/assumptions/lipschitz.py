@@ -64,7 +64,7 @@ class Lipschitz(Assumption):
         """Return nothing: it adds no pair."""
         return []
 
-    def test(self, screen: "Screen") -> AssumptionTest:
+    def _test(self, screen: "Screen") -> AssumptionTest:
         """Say that a screen cannot test it: no two cells were both followed."""
         words = "each cell is measured once, so no screen shows how two neighbours part; ask a fit for the constant."
         return AssumptionTest.impossible(type(self).__name__, "Lipschitz constant", words)

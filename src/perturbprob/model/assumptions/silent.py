@@ -1,6 +1,7 @@
 """Perturbations that do nothing in baseline media (eqs 13-14, appendix A)."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -48,6 +49,12 @@ class SilentInBaseline(Assumption):
     def bind(self, screen: "Screen") -> Bound:
         """Find the conditions in baseline media, or where they were not measured what they would be, and their noise."""
         protocols = tuple(self._protocols(screen))
+        if len(screen.media) < 2:
+            warnings.warn(
+                f"SilentInBaseline on a screen of one media, {screen.media[0]!r}, says that these perturbations do nothing at all, and shrinks "
+                "their effects. Leave it out, or read the screen with baseline= if this media is not the baseline.",
+                stacklevel=2,
+            )
         noise = np.hypot(standard_error(screen, protocols), standard_error(screen, [p.unperturbed() for p in protocols]))
         return Bound(self, protocols, (1.0,) * len(protocols), noise)
 
@@ -79,7 +86,7 @@ class SilentInBaseline(Assumption):
             for m in media
         ]
 
-    def test(self, screen: "Screen") -> AssumptionTest:
+    def _test(self, screen: "Screen") -> AssumptionTest:
         """Ask how many genes perturbations change in other media for each that they change in baseline media, at matched cell numbers."""
         found = silence(screen, self._names(screen))
         what = "genes changed in other media for each changed in baseline media, at matched numbers of cells:"

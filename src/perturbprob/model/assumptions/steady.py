@@ -149,7 +149,7 @@ class SteadyState(Assumption):
             found.append(Pair(type(self).__name__, path_of(p != "control", m == baseline), p, m, symbol, done, symbol))
         return found
 
-    def test(self, screen: "Screen") -> AssumptionTest:
+    def _test(self, screen: "Screen") -> AssumptionTest:
         """Ask how far the conditions move in their last step: root mean square, log₂ per unit of time.
 
         With ``relative_to_control`` beyond the drift that all share, as the term has it.

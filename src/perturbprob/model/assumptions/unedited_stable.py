@@ -26,7 +26,7 @@ class UneditedStable(Assumption):
         baseline = screen.baseline or "baseline"
         return [Pair(type(self).__name__, 4, "control", baseline, "X[t]", "(·, ·, 0)", "X")]
 
-    def test(self, screen: "Screen") -> AssumptionTest:
+    def _test(self, screen: "Screen") -> AssumptionTest:
         """Ask how far control cells in baseline media move per unit of time, root mean square over genes in log₂ units."""
         what, baseline = "control cells in baseline media move, per unit of time, by log₂", screen.baseline or "baseline"
         control = lambda course, _: rest.movement(course, drift=True)[:, 0]  # noqa: E731
