@@ -51,8 +51,8 @@ class SilentInBaseline(Assumption):
         protocols = tuple(self._protocols(screen))
         if len(screen.media) < 2:
             warnings.warn(
-                f"SilentInBaseline on a screen of one media, {screen.media[0]!r}, says that these perturbations do nothing at all, and shrinks "
-                "their effects. Leave it out, or read the screen with baseline= if this media is not the baseline.",
+                f"SilentInBaseline on a screen of one media, {screen.media[0]!r}, says that these perturbations do nothing at all, and "
+                "shrinks their effects. Leave it out, or read the screen with baseline= if this media is not the baseline.",
                 stacklevel=2,
             )
         noise = np.hypot(standard_error(screen, protocols), standard_error(screen, [p.unperturbed() for p in protocols]))
