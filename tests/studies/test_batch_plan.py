@@ -64,7 +64,7 @@ def test_estimates_are_as_wrong_as_the_covariance_says() -> None:
 def test_controls_in_every_batch_are_better_than_in_one_and_hashed_media_than_split(fit: pb.Fit, screen: pb.Screen, of: str) -> None:
     layouts = pb.propose_layouts(screen, 4, 1600)
     assert {name: int(table.to_numpy().sum()) for name, table in layouts.items()} == dict.fromkeys(layouts, 1600)
-    plan = pb.plan_batches(fit, layouts, of=of, n_draws=3, n_points=2, progress=False)
+    plan = pb.plan_batches(fit, layouts, of=of, n_draws=10, n_points=4, progress=False)
     mean = plan.error.mean("draw")
     assert float(mean.sel(layout="controls in every batch")) < float(mean.sel(layout="controls in one batch"))
     assert float(mean.sel(layout="media hashed into every batch")) < float(mean.sel(layout="media split over batches"))

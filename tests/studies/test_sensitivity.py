@@ -11,19 +11,19 @@ import perturbprob as pb
 @pytest.fixture(scope="module")
 def screen() -> pb.Screen:
     """A small screen in two media."""
-    return pb.simulate(n_cells=400, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(1.0,), n_batches=2, seed=1).screen
+    return pb.simulate(n_cells=300, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(1.0, 2.0), n_batches=2, seed=1).screen
 
 
 def test_each_assumption_is_left_out_once(screen: pb.Screen) -> None:
     assumptions = [pb.UneditedStable(), pb.SilentInBaseline()]
-    fit = pb.fit(pb.node(screen, 2, assumptions=assumptions), screen, epochs=8, progress=False)
+    fit = pb.fit(pb.node(screen, 2, assumptions=assumptions), screen, epochs=5, progress=False)
     found = pb.sensitivity(fit, n_draws=10, progress=False)
     assert list(found.table["assumption"].values) == ["UneditedStable", "SilentInBaseline"]
     assert float(found.table["change"].sel(assumption="SilentInBaseline").mean()) > 0
     assert found.report().count("without ") == 2
     assert "another seed alone moves predictions by" in found.report()
     assert float(found.table["noise"].min()) > 0
-    alone = pb.fit(pb.node(screen, 2, assumptions=[pb.SilentInBaseline()]), screen, epochs=8, progress=False)
+    alone = pb.fit(pb.node(screen, 2, assumptions=[pb.SilentInBaseline()]), screen, epochs=5, progress=False)
     moved = pb.predict(alone, n_draws=10, progress=False)["mean"].identical(pb.predict(fit, n_draws=10, progress=False)["mean"])
     assert not moved
 

@@ -18,7 +18,7 @@ def test_the_lipschitz_term_holds_the_constant_of_the_jacobian_to_its_bound(scre
     model, sites = make(part.pseudobulk() if space == "gene" else part)
     bound = pb.Lipschitz(of=of).bind(part)
     z0 = rest_points(model, len(bound.protocols))
-    flow = lambda z: carried(model, sites, bound.protocols, z.reshape(z0.shape)).z.flatten(0, 1)  # noqa: E731
+    flow = lambda z: carried(model, sites, bound.protocols, z.unflatten(-2, z0.shape[:2])).z.flatten(-3, -2)  # noqa: E731
     with torch.no_grad():
         truth = float(exact(flow, z0.flatten(0, 1)).max())
     found = float(bound.term(model, sites).detach().neg().sqrt())

@@ -30,7 +30,7 @@ def rest_points(model: "CellModel", n_conditions: int) -> Float[Tensor, "rest co
 
 
 def carried(
-    model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol], z0: Float[Tensor, "rest condition latent"] | None = None
+    model: "CellModel", sites: dict[str, Tensor], protocols: Sequence[Protocol], z0: Float[Tensor, "*rest condition latent"] | None = None
 ) -> CellState:
     """Carry rest states through each protocol."""
     segments = [s.to(model.log_share.device) for s in model.vocabulary.encode(protocols)]
