@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy.stats import norm
 
 import perturbprob as pb
@@ -73,6 +74,39 @@ def test_a_network_is_the_cell_model_of_the_visible_means(arm: Arm, own: bool) -
             torch.testing.assert_close(networks.loss(path)[1], error[visible].mean(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("reading", "wrong_set"), [("own", False), ("own", True), ("control_input", False)])
+def test_the_pairs_of_eq_9_by_hand(reading: str, wrong_set: bool) -> None:
+    """A field that reads the marks alone moves a state by push × wait, from wherever it was measured."""
+    train, test = hold_out_time(pb.datasets.ishikawa2023(), 5, ["SOX2", "NANOG"])
+    course = Course.of(train, test, seed=0)
+    networks = Networks(course, 2, "control", Arm(reading=reading, wrong_set=wrong_set))
+    pushes, n_genes = networks.model.transition.field, course.mean.shape[-1]
+    with torch.no_grad():
+        pushes.weight[0][:, :n_genes] = 0
+        found = networks.rest(reading).numpy()
+    names = [p.perturbations for p in course.perturbations]
+    asked = [names.index((pb.Knockout(gene),)) for gene in ("NANOG", "SOX2")] if wrong_set else np.flatnonzero(course.visible[:, -1])
+    order = {(p,): k for k, p in enumerate(networks.model.vocabulary.perturbations)}
+    for seed in range(2):
+        (first, second), (bias, last) = ([part[seed].detach().numpy() for part in parts] for parts in (pushes.weight, pushes.bias))
+        marks = networks.marks[seed].detach().numpy()
+        rows = [marks[order[names[k]]] if names[k] and reading == "own" else np.zeros(n_genes) for k in asked]
+        push = np.tanh(np.stack(rows) @ first[n_genes:] + bias) @ second + last
+        assert found[seed] == pytest.approx(((push / networks.model.vocabulary.time_scale) ** 2).mean(), rel=1e-4)
+
+
+def test_each_is_compared_with_the_arm_that_lacks_the_pairs() -> None:
+    losses = ("eq5", "eq5+eq9", "eq5, decay", "eq5+eq9, decay")
+    values = np.array([3.0, 2.0, 1.0, 1.5])[None, :, None, None] * np.ones((1, 1, 2, 3))
+    curve = xr.DataArray(values, {"start": ["control"], "loss": list(losses), "step": [0, 5]}, ("start", "loss", "step", "seed"))
+    found = ProofOfPrinciple(curve, curve, {}, 0.1, 1.0)
+    for table in (found.table, found.chosen):
+        assert table.groupby("loss")["win_rate"].mean().to_dict() == {
+            "eq5": 0, "eq5+eq9": 1, "eq5, decay": 1, "eq5+eq9, decay": 0,
+        }  # fmt: skip
+    assert "eq5+eq9, decay: 1.5000 ± 0.0000, better than eq5, decay in 0% of seeds" in found.report()
+
+
 def test_known_errors_weigh_each_mean_by_its_own(found: ProofOfPrinciple) -> None:
     train, test = hold_out_time(pb.datasets.ishikawa2023(), 5, ["SOX2"])
     course = Course.of(train, test, seed=0)
@@ -108,6 +142,8 @@ def test_a_seed_repeats_the_study_and_seeds_differ(found: ProofOfPrinciple) -> N
     [
         ({"losses": ("eq5", "eq10")}, "Unknown loss 'eq10'"),
         ({"losses": LOSSES[1:]}, "losses needs 'eq5'"),
+        ({"losses": ("eq5", "eq5+eq9, decay")}, "losses needs 'eq5, decay'"),
+        ({"perturbations": pb.datasets.ishikawa2023().perturbations[:22]}, "1 perturbations are left to be seen at time 5; two are needed"),
         ({"starts": ("rest",)}, "Unknown start 'rest'"),
         ({"seeds": 1}, "at least 2 seeds"),
         ({"perturbations": ["NANGO"]}, "NANOG"),
@@ -138,6 +174,10 @@ def test_what_it_needs_is_said_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match=r"give it the counts, not their pseudobulk\(\)"):
         proof_of_principle(pb.datasets.ishikawa2023().pseudobulk(), **SHORT)
     other = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, seed=1).screen
+    screen = pb.datasets.ishikawa2023()
+    late = screen[[p.perturbation != "SOX2" or p.time > 2 for p in np.array(screen.conditions)[screen.condition]]]
+    with pytest.raises(ValueError, match=r"SOX2.* needs training cells at every earlier time \(2, 3, 4\) and has none at 2"):
+        proof_of_principle(late, perturbations=["MYC"], **SHORT)
     with pytest.raises(ValueError, match=r"perturbations=\[...\]; the default is for the embedded screen"):
         proof_of_principle(other, **SHORT)
     found = proof_of_principle(pb.datasets.ishikawa2023(), perturbations="SOX2", **EQ5, **SHORT)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+AT_ONCE = 200_000
+"""How many numbers a Jacobian-vector product carries at once."""
 Flow = Callable[[Float[Tensor, "*plate cell latent"]], Float[Tensor, "*plate cell latent"]]
 
 
@@ -30,19 +32,24 @@ class Inverse:
 def jacobian(
     flow: Flow, z0: Float[Tensor, "*plate cell latent"]
 ) -> tuple[Float[Tensor, "*plate cell state"], Float[Tensor, "*plate cell state latent"]]:
-    """Return z(t) and ∂z(t)/∂z₀ of each cell, by one Jacobian-vector product along all latent axes at once. Cells do not see each other.
+    """Return z(t) and ∂z(t)/∂z₀ of each cell, by Jacobian-vector products along many latent axes at once.
+
+    The flow takes leading axes before (cell, latent); cells do not see each other.
 
     >>> z, slope = jacobian(lambda z: z.square(), torch.tensor([[1.0, 3.0]]))
     >>> slope
     tensor([[[2., 0.],
              [0., 6.]]])
     """
-    repeated = z0.expand(z0.shape[-1], *z0.shape).contiguous()  # jvp refuses rows that share memory
-    axes = torch.eye(z0.shape[-1], dtype=z0.dtype, device=z0.device).reshape(-1, *[1] * (z0.ndim - 1), z0.shape[-1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch compiles its own rules for jvp at first use
-        there, columns = torch.func.jvp(flow, (repeated,), (axes.expand_as(repeated).contiguous(),))
-    return there[0], columns.movedim(0, -1)
+    axes, columns = torch.eye(z0.shape[-1], dtype=z0.dtype, device=z0.device), []
+    for some in axes.split(max(1, AT_ONCE // z0.numel())):
+        repeated = z0.expand(len(some), *z0.shape).contiguous()  # jvp refuses rows that share memory
+        along = some.reshape(-1, *[1] * (z0.ndim - 1), z0.shape[-1]).expand_as(repeated).contiguous()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch compiles its own rules for jvp at first use
+            there, moved = torch.func.jvp(flow, (repeated,), (along,))
+        columns.append(moved)
+    return there[0], torch.cat(columns).movedim(0, -1)
 
 
 def invert(

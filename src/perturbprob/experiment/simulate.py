@@ -93,7 +93,7 @@ class Simulation:
         _check_range(0.0, 5.0, batch_scale=batch_scale)
         _check_whole(seed=(seed, 0))
         condition, batch = _placed(layout, self.truth)
-        lanes, cells = (np.random.default_rng([seed, stream]) for stream in (1, 2))
+        lanes, cells = (np.random.default_rng([seed, stream]) for stream in (3, 4))  # not those of `simulate`
         shuffled = cells.permutation(len(condition))
         eta = _batch_effect(lanes, layout.shape[1], batch_scale, self.truth["rate_share"].values[0])
         truth = self.truth.drop_dims(["batch", "cell"]).assign_coords(batch=layout.columns.astype(str).to_numpy())

@@ -91,7 +91,7 @@ def check_objective(objective: str, distance: str, model: "CellModel") -> None:
             f"objective='paths' compares RNA only, and the model has the assay {next(iter(model.assays))!r} too. Fit with "
             "objective='elbo', or leave the assays out: screen.with_assays({})."
         )
-    if objective == "paths" and any(getattr(bound.assumption, "scale", "fixed") == "learnt" for bound in model.assumptions):
+    if objective == "paths" and any(bound.assumption.learns_noise for bound in model.assumptions):
         raise ValueError(
             "objective='paths' minimises a distance, and SteadyState(scale='learnt') learns a noise, which no distance knows. Fit with "
             "objective='elbo', or take scale='fixed'."

@@ -120,7 +120,7 @@ class Guide(PyroModule):
             width = (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).rsqrt()  # of log θ
             width = width / (theta * -torch.expm1(-20 / theta))
             # of genes with hardly a count it would be so wide that half of it is on the side of the Poisson law
-            self.dispersion_log_scale.copy_(width.minimum((self.dispersion_loc + 4) / 6).log())
+            self.dispersion_log_scale.copy_(width.minimum((self.dispersion_loc.cpu() + 4) / 6).log())
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())
 
@@ -136,7 +136,7 @@ class Guide(PyroModule):
         if self.block_lower is not None and kinds:
             log_mean = _log_means(screen, group, len(design))
             loc, scale = batch_start(free, torch.as_tensor(condition), log_mean, information, kinds)
-            bias = ((information * (log_mean - free @ loc.T)).sum(0) + model.log_share) / (information.sum(0) + 1)
+            bias = ((information * (log_mean - free @ loc.T)).sum(0) + model.log_share.cpu()) / (information.sum(0) + 1)
             self.block_loc.copy_(torch.cat([bias[:, None], loc], 1))
         for name, value in scale.items():
             for site in (name.replace("coordinate", "scale"), name.replace("coordinate", "scale_overall")):

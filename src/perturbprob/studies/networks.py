@@ -49,6 +49,7 @@ class Arm:
 
     ``reading`` is that of eq 9 (`SteadyState`), None without it; ``wrong_set`` puts it on the hidden perturbations at their last visible
     time; ``known_errors`` measures errors in standard errors; ``decays`` lets the deviation decay; ``weight_decay`` is AdamW's.
+    ``against`` names the arm that it is compared with, seed by seed.
     """
 
     reading: str | None = None
@@ -56,6 +57,7 @@ class Arm:
     known_errors: bool = False
     decays: bool = False
     weight_decay: float = 0.0
+    against: str = "eq5"
 
 
 @final
@@ -79,10 +81,17 @@ class Course:
 
     @classmethod
     def of(cls, train: Screen, test: Screen, seed: int) -> "Course":
-        """Read the visible means; a quarter of the perturbations that are seen to the end choose the step."""
+        """Read the visible means; a quarter of the perturbations that are seen to the end choose the step.
+
+        Raises ValueError where one was not seen at a time before the last, or fewer than two are left to the end.
+        """
         course, ends = TimeCourse.of(train, None), TimeCourse.of(test, None)
+        for row in range(len(course.perturbations)):
+            course.check_history(Protocol([*course.perturbations[row], Wait(course.times[-1])]))
         visible = torch.as_tensor(course.seen).float()
         last = np.flatnonzero(course.seen[:, -1] & (np.arange(len(course.perturbations)) > 0))
+        if len(last) < 2:
+            raise ValueError(f"{len(last)} perturbations are left to be seen at time {course.times[-1]:g}; two are needed. Hide fewer.")
         chosen = np.random.default_rng(seed).permutation(last)[: max(1, len(last) // 4)]
         validation = torch.zeros_like(visible)
         validation[chosen, -1] = 1

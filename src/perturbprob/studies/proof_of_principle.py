@@ -28,7 +28,7 @@ ARMS = {
     "eq5, weight decay": Arm(weight_decay=0.3),
     "eq5, known errors": Arm(known_errors=True),
     "eq5, decay": Arm(decays=True),
-    "eq5+eq9, decay": Arm(reading="own", decays=True),
+    "eq5+eq9, decay": Arm(reading="own", decays=True, against="eq5, decay"),
 }
 LOSSES = tuple(ARMS)
 
@@ -40,8 +40,9 @@ class ProofOfPrinciple:
 
     ``curve`` is a DataArray over (start, loss, step, seed): the mean squared error on the hidden time; ``validation`` the same on visible
     conditions kept for choosing the step; ``baselines`` and ``floor`` the errors of predictors that know no dynamics, and of the
-    noise. ``table`` has a row for each start, loss and step: mse_mean, mse_sd and win_rate, the share of seeds that do better than the
-    same seed without the term at the same step. Seeds share one data set: their spread is not the uncertainty of the data.
+    noise. ``table`` has a row for each start, loss and step: mse_mean, mse_sd and win_rate, the share of seeds that do better at
+    that step than the same seed by "eq5" ("eq5+eq9, decay": than by "eq5, decay"). Seeds share one data set: their spread is not the
+    uncertainty of the data.
     """
 
     curve: xr.DataArray
@@ -53,24 +54,20 @@ class ProofOfPrinciple:
     @property
     def table(self) -> pd.DataFrame:
         """Return one row for each start, loss and step."""
-        better = (self.curve < self.curve.sel(loss="eq5")).mean("seed")
-        data = {"mse_mean": self.curve.mean("seed"), "mse_sd": self.curve.std("seed"), "win_rate": better}
-        return xr.Dataset(data).to_dataframe().reset_index()
+        return _summary(self.curve)
 
     @property
     def chosen(self) -> pd.DataFrame:
         """Return the same at the step that each seed's validation conditions choose: no hidden value is used to stop."""
         step = self.validation.argmin("step")
-        picked = self.curve.isel(step=step)
-        data = {"mse_mean": picked.mean("seed"), "mse_sd": picked.std("seed"), "win_rate": (picked < picked.sel(loss="eq5")).mean("seed")}
-        return xr.Dataset(data).to_dataframe().reset_index().drop(columns="step", errors="ignore")
+        return _summary(self.curve.isel(step=step)).drop(columns="step", errors="ignore")
 
     def report(self) -> str:
         """Say what the term gains, and what else gains as much."""
         lines = [f"{len(self.curve.seed)} seeds, {self.seconds:.0f} s. Mean squared error on the hidden time, at validated steps:"]
         for start in self.curve.start.values:
             for row in self.chosen[self.chosen.start == start].itertuples():
-                better = "" if row.loss == "eq5" else f", better than eq 5 in {row.win_rate:.0%} of seeds"
+                better = "" if row.loss == "eq5" else f", better than {ARMS[row.loss].against} in {row.win_rate:.0%} of seeds"
                 lines.append(f"  from {start}, {row.loss}: {row.mse_mean:.4f} ± {row.mse_sd:.4f}{better}")
         if len(self.curve.seed) < ENOUGH:
             lines.append(f"  ({len(self.curve.seed)} seeds are too few to compare losses: ask for {ENOUGH} or more.)")
@@ -96,12 +93,12 @@ def proof_of_principle(
     """Hide the last time of some perturbations, fit neural ODEs in gene space to the rest, and score them on it (section 4).
 
     The networks are the `CellModel` that `node` makes of the means of log(1 + count): the start is known, there is no decoder, and the
-    errors of the means are known; its field is that of eq 25. ``starts``: "control", every perturbation starts from control at its first
-    time; "own", from its own first time. ``losses``:
+    errors of the means are known; its field is that of eq 25. ``starts``: "control", every perturbation starts at time 0 from the mean of
+    control at its first time; "own", at its first time from its own mean. ``losses``:
 
     - "eq5": the mean squared error over the visible (p, t);
-    - "eq5+eq9": the same and that of the pairs of `SteadyState`: the change over one more time step of the perturbations not hidden,
-      from their measured last state, their mark left on; with "control_input" it is taken off, as eq 9 is written;
+    - "eq5+eq9": the same and that of the pairs of `SteadyState`: the change over one more time step of control and the perturbations not
+      hidden, from their measured last state, their mark left on; with "control_input" it is taken off, as eq 9 is written;
     - "eq5+eq9, wrong set": the pairs are those of the hidden perturbations at their last visible time, where they are wrong;
     - "eq5, weight decay": no pairs, and decay of all weights instead;
     - "eq5, known errors": squared errors in units of each mean's standard error;
@@ -114,11 +111,13 @@ def proof_of_principle(
     for asked, known, what in ((starts, STARTS, "start"), (losses, LOSSES, "loss")):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"Unknown {what} {unknown[0]!r}. Use one of {', '.join(map(repr, known))}.")
-    if "eq5" not in losses:
-        raise ValueError("losses needs 'eq5': the others are compared with it, seed by seed.")
+    if missing := [name for name in ("eq5", *(ARMS[loss].against for loss in losses)) if name not in losses]:
+        raise ValueError(f"losses needs {missing[0]!r}: others are compared with it, seed by seed.")
     started = clock.perf_counter()
     train, test = hold_out_time(screen, max(screen.times), perturbations)
     course = Course.of(train, test, seed)
+    predictions = {name: predictor(train, test.conditions).values for name, predictor in MEAN_BASELINES.items()}
+    errors = {name: float(np.mean((predicted - course.hidden.numpy()) ** 2)) for name, predicted in predictions.items()}
     at = np.unique(np.linspace(0, steps, 21).round().astype(int))
     scores = []
     for start in starts:
@@ -130,9 +129,14 @@ def proof_of_principle(
     coords: dict[str, Sequence[object] | np.ndarray] = {"start": list(starts), "loss": list(losses), "step": at, "seed": np.arange(seeds)}
     shape = [len(coords[dim]) for dim in dims]
     curve, validation = (xr.DataArray(np.stack(part).reshape(shape), coords, dims) for part in zip(*scores, strict=True))
-    predictions = {name: predictor(train, test.conditions).values for name, predictor in MEAN_BASELINES.items()}
-    errors = {name: float(np.mean((predicted - course.hidden.numpy()) ** 2)) for name, predicted in predictions.items()}
     return ProofOfPrinciple(curve, validation, errors, noise_floor(test), clock.perf_counter() - started)
+
+
+def _summary(scores: xr.DataArray) -> pd.DataFrame:
+    """Return mean and spread of the scores over seeds, and the share of seeds that do better than the arm each is compared with."""
+    against = scores.sel(loss=[ARMS[loss].against for loss in scores["loss"].values]).assign_coords(loss=scores["loss"])
+    data = {"mse_mean": scores.mean("seed"), "mse_sd": scores.std("seed"), "win_rate": (scores < against).mean("seed")}
+    return xr.Dataset(data).to_dataframe().reset_index()
 
 
 def _train(networks: Networks, at: np.ndarray, name: str | None) -> tuple[np.ndarray, np.ndarray]:

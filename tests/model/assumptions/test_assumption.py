@@ -158,5 +158,6 @@ def test_a_protocol_alone_is_one_condition_twice_is_once_and_none_is_refused(scr
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("assumption", ALL)
 def test_each_asks_a_screen_and_nothing_else(assumption):
-    with pytest.raises(TypeError, match="A Screen is needed here; got AnnData"):
-        assumption.test(anndata.AnnData(np.ones((2, 2))))
+    for ask in (assumption.test, assumption.pairs):
+        with pytest.raises(TypeError, match="A Screen is needed here; got AnnData"):
+            ask(anndata.AnnData(np.ones((2, 2))))

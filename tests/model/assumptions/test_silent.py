@@ -54,6 +54,12 @@ def test_few_pairs_do_not_seem_sure(screen):
     assert "too few to know how far they differ" in repr(found)
 
 
+def test_a_screen_without_perturbations_is_refused():
+    screen = pb.simulate(n_cells=100, n_genes=6, n_perturbations=2, times=(1.0,), seed=1).screen
+    with pytest.raises(ValueError, match="about perturbations, and this screen has none"):
+        pb.node(screen[screen.cells_of("control")], 2, assumptions=[pb.SilentInBaseline()])
+
+
 def test_one_media_alone_is_pointed_out():
     screen = pb.simulate(n_cells=100, n_genes=6, n_perturbations=2, times=(1.0,), seed=1).screen
     with pytest.warns(UserWarning, match="on a screen of one media, .* says that these perturbations do nothing at all"):

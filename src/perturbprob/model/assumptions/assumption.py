@@ -100,6 +100,11 @@ class Assumption(ABC):
         """Return the assumption about one screen; refuse conditions that the screen does not hold."""
         return Bound(self)
 
+    @property
+    def learns_noise(self) -> bool:
+        """Whether a noise is learnt with it, which only a density can weigh."""
+        return False
+
     def globals(self, bound: Bound) -> dict[str, Tensor]:
         """Sample the sites of its own, above the cell plate; none by default."""
         return {}
@@ -112,9 +117,15 @@ class Assumption(ABC):
         """Return what it adds to a loss of pairs (eq 5): the mean square of the change that it denies, on the ``scale`` compared."""
         return model.log_share.new_zeros(())
 
-    @abstractmethod
+    @final
     def pairs(self, screen: "Screen") -> list[Pair]:
         """Return the input-output pairs that it adds to those of eq 5."""
+        require_screen(screen, partial=True)
+        return self._pairs(screen)
+
+    @abstractmethod
+    def _pairs(self, screen: "Screen") -> list[Pair]:
+        """Return the pairs."""
 
     @final
     def test(self, screen: "Screen") -> AssumptionTest:

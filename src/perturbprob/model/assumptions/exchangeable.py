@@ -32,7 +32,7 @@ class ExchangeableBatches(Assumption):
 
     optional: ClassVar[bool] = False
 
-    def pairs(self, screen: "Screen") -> list[Pair]:
+    def _pairs(self, screen: "Screen") -> list[Pair]:
         """Return nothing: it adds no pair."""
         return []
 

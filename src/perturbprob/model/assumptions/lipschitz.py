@@ -29,8 +29,9 @@ class Lipschitz(Assumption):
     ``of="gradient"`` is the paper's inequality, ‖∇F(x) − ∇F(x′)‖ ≤ L ‖x − x′‖; ``of="map"`` is ‖F(x) − F(x′)‖ ≤ L ‖x − x′‖. A number for
     ``bound`` adds −weight · relu(L̂ − bound)², "penalty" −weight · L̂², with L̂ the largest constant over the screen's conditions at
     fixed rest states, from a few power iterations along fixed directions: a function of the sites alone, from below, and near the true
-    constant there. A spectral norm on the field would bound the flow by e^(Lt) only. `perturbprob.lipschitz_constant` gives the
-    constants of a fit at its data.
+    constant there. The weight stands beside a density summed over cells, and with ``objective="paths"`` beside a mean of squares.
+    A spectral norm on the field would bound the flow by e^(Lt) only. `perturbprob.lipschitz_constant` gives the constants of a
+    fit at its data.
     """
 
     of: str = "map"
@@ -60,7 +61,7 @@ class Lipschitz(Assumption):
         """Return the weighted square of the constant, or of its excess over the bound."""
         return -self.term(model, sites, bound)
 
-    def pairs(self, screen: "Screen") -> list[Pair]:
+    def _pairs(self, screen: "Screen") -> list[Pair]:
         """Return nothing: it adds no pair."""
         return []
 

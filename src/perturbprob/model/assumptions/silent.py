@@ -49,6 +49,8 @@ class SilentInBaseline(Assumption):
     def bind(self, screen: "Screen") -> Bound:
         """Find the conditions in baseline media, or where they were not measured what they would be, and their noise."""
         protocols = tuple(self._protocols(screen))
+        if not protocols:
+            raise ValueError("SilentInBaseline is about perturbations, and this screen has none. Leave it out.")
         if len(screen.media) < 2:
             warnings.warn(
                 f"SilentInBaseline on a screen of one media, {screen.media[0]!r}, says that these perturbations do nothing at all, and "
@@ -76,7 +78,7 @@ class SilentInBaseline(Assumption):
         )
         return here - control
 
-    def pairs(self, screen: "Screen") -> list[Pair]:
+    def _pairs(self, screen: "Screen") -> list[Pair]:
         """Return F(X_t^p, ·, m, t) → X_{m,t}^p for each perturbation and media beside the baseline: n_S n_m pairs."""
         baseline = screen.baseline or "baseline"
         media = [m for m in screen.media if m != baseline]

@@ -78,6 +78,11 @@ class SteadyState(Assumption):
         for name, value in (values | {"reading": reading, "scale": scale, "relative_to_control": relative_to_control}).items():
             object.__setattr__(self, name, value)
 
+    @property
+    def learns_noise(self) -> bool:
+        """Whether the scale is learnt."""
+        return self.scale == "learnt"
+
     def bind(self, screen: "Screen") -> Bound:
         """Find the last state of each condition in the screen, its weight and its noise; warn of named ones that hardly count."""
         protocols, weight = self._chosen(screen)
@@ -138,7 +143,7 @@ class SteadyState(Assumption):
         waited = [p >> Wait(self.wait) for p in protocols]
         return log_shares(model, sites, later, waited), log_shares(model, sites, state, protocols)
 
-    def pairs(self, screen: "Screen") -> list[Pair]:
+    def _pairs(self, screen: "Screen") -> list[Pair]:
         """Return X_t^p → X_t^p, one pair for each condition that counts in the term (eq 9)."""
         baseline, label = screen.baseline or "baseline", dict(zip(screen.conditions, labels(screen.conditions), strict=True))
         found = []

@@ -21,7 +21,7 @@ class UneditedStable(Assumption):
     one pair, F(X_t, ·, ·, 0) → X, whatever the number of times. The pairs of eq 5 that start from X may then start from any X_t.
     """
 
-    def pairs(self, screen: "Screen") -> list[Pair]:
+    def _pairs(self, screen: "Screen") -> list[Pair]:
         """Return X_t → X for path 4, which is then an identity: one pair."""
         baseline = screen.baseline or "baseline"
         return [Pair(type(self).__name__, 4, "control", baseline, "X[t]", "(·, ·, 0)", "X")]
