@@ -1,5 +1,6 @@
 """Plans: the covariance is that of a normal model, and layouts are ranked as the paper's conclusions say."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -137,3 +138,34 @@ def test_a_screen_is_a_layout_and_what_is_no_layout_is_refused(fit: pb.Fit, scre
         pb.plan_batches(fit, {"x": other}, **SHORT)
     with pytest.raises(ValueError, match="at least 2 batches"):
         pb.propose_layouts(screen, 1, 100)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_layouts_are_tables_of_cells(screen: pb.Screen) -> None:
+    table = pb.propose_layouts(screen, 3, 300)["controls in one batch"]
+    with pytest.raises(TypeError, match=r"layouts maps names to tables of cells.*got DataFrame"):
+        pb.plan_batches(pb.BatchPrior(), table)
+    with pytest.raises(TypeError, match=r"'a' is no table of cells.*got int"):
+        pb.plan_batches(pb.BatchPrior(), {"a": 3})
+    for wrong in (-table, table * np.nan, 0 * table):
+        with pytest.raises(ValueError, match="'a' holds numbers of cells that are negative, not finite, or all 0"):
+            pb.plan_batches(pb.BatchPrior(), {"a": wrong})
+        with pytest.raises(ValueError, match="'layout' holds numbers of cells"):
+            pb.improve_layout(pb.BatchPrior(), wrong)
+    with pytest.raises(TypeError, match="A fit is needed here; got Screen"):
+        pb.plan_batches(screen, {"a": table})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "question",
+    [
+        pb.effects, pb.predict, pb.posterior, pb.batch_error, pb.decompose_batches, pb.adapt, pb.translate, pb.counterfactual,
+        pb.log_density, pb.lipschitz_constant, pb.predictive_check,
+    ],
+)  # fmt: skip
+def test_a_screen_is_no_fit(screen: pb.Screen, question: Callable[..., object]) -> None:
+    more = {pb.adapt: (screen, "new"), pb.counterfactual: (screen, pb.Wait(1)), pb.translate: (screen,), pb.log_density: (screen,),
+            pb.batch_error: (screen,), pb.lipschitz_constant: (screen,), pb.predictive_check: (screen,)}  # fmt: skip
+    with pytest.raises(TypeError, match=r"A fit is needed here; got Screen. Make one with fit = pb.fit\(model, screen\)"):
+        question(screen, *more.get(question, ()), **({"batch_to": "average"} if question is pb.translate else {}))

@@ -54,5 +54,14 @@ def test_networks_start_from_the_seed_of_the_model_and_training_losses_are_not_c
 
 @pytest.mark.usefixtures("unchecked")
 def test_it_takes_a_fit(screen: pb.Screen) -> None:
-    with pytest.raises(TypeError, match="sensitivity takes a fit; got Screen"):
+    with pytest.raises(TypeError, match="A fit is needed here; got Screen"):
         pb.sensitivity(screen)
+
+
+def test_a_fit_without_a_posterior_has_no_deviations(screen: pb.Screen) -> None:
+    """Movements are then told in log mean; held-out cells are judged without the terms of assumptions."""
+    model = pb.node(screen, 2, assumptions=[pb.SilentInBaseline()])
+    found = pb.sensitivity(pb.fit(model, screen, objective="paths", epochs=2, progress=False), n_draws=1, progress=False)
+    assert "nan" not in found.report()
+    assert "in log mean" in found.report()
+    assert abs(float(found.table["validation"].max())) < 0.1

@@ -46,6 +46,8 @@ def paths(screen: "Screen", extra: Iterable[Any] = ()) -> pd.DataFrame:
 
     One row each, with the fields of `Pair`, and of its end: whether it was ``observed``, in how many ``cells`` and at which ``times``.
     """
+    if isinstance(extra, str) or not all(isinstance(one, Pair) or hasattr(one, "pairs") for one in extra):
+        raise TypeError(f"extra holds assumptions, or the pairs that they return; got {extra!r}. Write paths([SteadyState()]).")
     added = [pair for one in extra for pair in (one.pairs(screen) if hasattr(one, "pairs") else [one])]
     where = [(label, p.media or screen.baseline or "baseline", p.time) for label, p in _labelled(screen)]
     seen = pd.Series(np.bincount(screen.condition, minlength=len(where)), pd.MultiIndex.from_tuples(where)).groupby(level=[0, 1, 2]).sum()

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.screen import Screen, require_screen
-from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.predict import Expectation
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide
@@ -47,6 +47,7 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
     >>> again.model.vocabulary.batches
     ('batch1', 'batch2', 'batch3')
     """
+    require_fit(fit)
     require_screen(cells)
     check_draws(n_draws)
     cells = _of_batch(fit, cells, batch)

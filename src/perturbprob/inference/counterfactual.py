@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perturbprob.dynamics.inverse import invert
 from perturbprob.experiment.action import Action, Protocol
-from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.predict import known_protocol
 from perturbprob.model.cells import Cells, CellTable
 
@@ -60,6 +60,7 @@ def counterfactual(
     >>> what["mean"].dims
     ('cell', 'gene')
     """
+    require_fit(fit)
     check_draws(n_draws)
     if route not in ROUTES:
         raise ValueError(f"Unknown route {route!r}. Use one of {', '.join(map(repr, ROUTES))}.")
@@ -101,6 +102,7 @@ def translate(
     >>> pb.translate(fit, screen[:5], batch_to="batch2", n_draws=4, progress=False)["mean"].shape
     (5, 10)
     """
+    require_fit(fit)
     check_draws(n_draws)
     if not 0 < level < 1:
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")

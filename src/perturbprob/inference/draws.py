@@ -27,6 +27,14 @@ def check_draws(n_draws: int, name: str = "n_draws") -> None:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
 
 
+def require_fit(fit: object) -> None:
+    """Refuse anything but a fit, such as the model it should come from."""
+    from perturbprob.inference.fit import Fit
+
+    if not isinstance(fit, Fit):
+        raise TypeError(f"A fit is needed here; got {type(fit).__name__}. Make one with fit = pb.fit(model, screen).")
+
+
 def bar(items: Iterable[Any], what: str, unit: str, *, progress: bool, total: int | None = None) -> "tqdm[Any]":
     """Iterate with a progress bar, silent where it is not wanted."""
     seen = sys.stderr.isatty() or "ipykernel" in sys.modules  # a log file would fill with fragments of bars

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
-from perturbprob.inference.draws import check_draws, global_draws, seeded, warn_if_large
+from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded, warn_if_large
 from perturbprob.inference.predict import AliasedWarning, Expectation, labelled
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def effects(
     ``against`` names another perturbation to compare with; media and time are then the same on both sides. An interval that leaves
     out 0 says which genes change; ``hit`` says whether the perturbation does anything at all: read it first.
     """
+    require_fit(fit)
     check_draws(n_draws)
     if n_draws < 2:
         raise ValueError("effects needs at least 2 draws: fold changes are judged by their posterior deviation.")

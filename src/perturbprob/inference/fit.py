@@ -250,7 +250,7 @@ class _Training:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if self.settings["objective"] == "paths":
-                return float(self.elbo(self.table.cells(self.held, len(self.held))))
+                return float(self.elbo.between_cells(self.table.cells(self.held, len(self.held))))
             total = 0.0
             for index in self.held.split(self.settings["minibatch"]):
                 guide = pyro.poutine.trace(self.guide).get_trace(cells := self.table.cells(index, len(index)))

@@ -50,6 +50,10 @@ class PathLoss(nn.Module):
         assumed = [bound.loss(self.model, sites, partial(self.scale, sites)) for bound in self.model.assumptions]
         return sum(assumed, self.of_cells(sites, cells))
 
+    def between_cells(self, cells: Cells) -> Float[Tensor, ""]:
+        """Return the loss of cells alone, as held-out cells are judged: it compares fits under different assumptions."""
+        return self.of_cells(sites_at(self.model, self.guide), cells)
+
     def scale(self, sites: Sites, location: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return what is compared: of a log share, E[log(1 + count)] at size factor 1; of continuous values, the value."""
         law = self.model.law(sites, self.model.log_depth + location)

@@ -14,7 +14,7 @@ from torch.quasirandom import SobolEngine
 from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.vocabulary import nearest
-from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded, warn_if_large
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
 from perturbprob.measurement.counts import CountLaw
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def predict(
     >>> pb.predict(fit, screen.conditions[-1], n_draws=4, batch="average").sizes
     Frozen({'condition': 1, 'gene': 10})
     """
+    require_fit(fit)
     check_draws(n_draws)
     scale = _scale(fit, scale)
     _check_choices(interval, level, n_cells)
@@ -116,6 +117,7 @@ def predict_assay(
     >>> pb.predict_assay(fit, screen.conditions[-1], assay="protein", n_draws=4, batch="average").sizes
     Frozen({'condition': 1, 'feature': 3})
     """
+    require_fit(fit)
     check_draws(n_draws)
     _check_choices("mean", level, None)
     if assay not in fit.model.assays:

@@ -14,7 +14,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen
-from perturbprob.inference.draws import Sites, check_draws, global_draws, seeded
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.predict import Expectation
 from perturbprob.inference.projected import projected
 from perturbprob.studies.layout_error import BatchPrior, Law, covariance, error_of_changes
@@ -47,7 +47,7 @@ class BatchPlan:
         for name in self.error["layout"].values[np.argsort(self.error.mean("draw").values)]:
             own = self.error.sel(layout=name)
             low, high = np.sqrt(own.quantile([(1 - level) / 2, (1 + level) / 2], "draw").values)
-            more = float((own / best).mean()) - 1
+            more = float(np.sqrt((own / best).mean())) - 1
             lines.append(f"  {name}: {np.sqrt(float(own.mean())):.3f} ({low:.3f} to {high:.3f})" + (f", {more:+.0%}" if more > 0 else ""))
         return "\n".join([*lines, f"Advice: {self.best}."])
 
@@ -130,7 +130,9 @@ def plan_batches(
     check_draws(n_draws)
     if of not in ("change", "map"):
         raise ValueError(f"of={of!r}: use 'change' or 'map'.")
-    tables = {name: one.summary() if isinstance(one, Screen) else one for name, one in layouts.items()}
+    if not isinstance(layouts, Mapping) or not layouts:
+        raise TypeError(f"layouts maps names to tables of cells, such as propose_layouts(...) returns; got {type(layouts).__name__}.")
+    tables = {name: _checked(one.summary() if isinstance(one, Screen) else one, name) for name, one in layouts.items()}
     if isinstance(source, BatchPrior):
         if of == "map":
             raise ValueError("A BatchPrior has no 𝓕 to take the gradient of: use of='change', or plan with a fit.")
@@ -138,6 +140,7 @@ def plan_batches(
         draws = source.draws(n_draws, seed)
         values = [[error_of_changes(plan.cells, source.law(len(plan.cells), draw), plan.control) for plan in plans] for draw in draws]
     else:
+        require_fit(source)
         values = _from_fit(source, list(tables.values()), of, n_draws, n_points, seed, progress)
     coords = {"draw": np.arange(n_draws), "layout": list(tables)}
     return BatchPlan(xr.DataArray(np.array(values), coords, ("draw", "layout")).transpose("layout", "draw"), tables)
@@ -165,13 +168,16 @@ def improve_layout(source: "Fit | BatchPrior", layout: pd.DataFrame, *, n_moves:
 
     The error is that of `plan_batches` for one gene of median τ, s² and v with ∇𝓕 = 1; moves stop where none helps.
     """
+    layout = _checked(layout, "layout")
     if isinstance(source, BatchPrior):
         table = _Table(layout)
         law = source.law(len(table.cells))
     else:
+        require_fit(source)
         plan = _FittedTable(source, layout)
         table, whole = plan.table, plan.law(next(iter(global_draws(source.model, source.guide, 1, seed))))
-        law = (whole[0].median(-1, keepdim=True).values, whole[1].median(-1, keepdim=True).values, whole[2].median(-1, keepdim=True).values)
+        noise, spread, effect = (part.median(-1, keepdim=True).values for part in whole)
+        law = (noise, spread, effect)
     cells = table.cells.clone()
     for _ in range(n_moves):
         trials = list(_moves(cells))
@@ -180,6 +186,19 @@ def improve_layout(source: "Fit | BatchPrior", layout: pd.DataFrame, *, n_moves:
             break
         cells = trials[int(np.argmin(errors))]
     return pd.DataFrame(cells.numpy().astype(int), index=layout.index, columns=layout.columns)
+
+
+def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return a table of cells; refuse what is none, and numbers of cells that cannot be."""
+    if not isinstance(table, pd.DataFrame) or table.index.nlevels != 3 or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
+        raise TypeError(
+            f"{name!r} is no table of cells: a DataFrame of numbers with rows (perturbation, media, time) and a column for each batch, "
+            f"such as screen.summary(); got {type(table).__name__}."
+        )
+    cells = table.to_numpy(dtype=float)
+    if not np.isfinite(cells).all() or (cells < 0).any() or not cells.any():
+        raise ValueError(f"{name!r} holds numbers of cells that are negative, not finite, or all 0. Correct the table.")
+    return table
 
 
 def _moves(cells: Float[Tensor, "condition batch"]) -> "list[Float[Tensor, 'condition batch']]":

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.experiment.screen import require_screen
-from perturbprob.inference.draws import check_draws, global_draws, seeded, warn_if_large
+from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def predictive_check(
     cells, are compared over all cells, per condition and per batch; and whether batches act differently on conditions, as additive
     batch effects cannot, is asked of the means of log(1 + count / size factor).
     """
+    require_fit(fit)
     check_draws(n_draws)
     require_screen(screen)
     table, groups = CellTable(fit.model, screen), _Groups(screen)

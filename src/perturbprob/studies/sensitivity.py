@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from perturbprob.experiment.screen import require_screen
+from perturbprob.inference.draws import require_fit
 from perturbprob.inference.fit import Fit
 from perturbprob.inference.fit import fit as refit
 from perturbprob.inference.predict import predict
@@ -36,16 +37,22 @@ class Sensitivity:
 
     def report(self) -> str:
         """Say it in words."""
-        noise = f"another seed alone moves predictions by {float(self.table['noise'].mean()):.2f} posterior deviations."
+        noise = f"another seed alone moves predictions by {float(self.table['noise'].mean()):.2f} {self._unit}."
         return "\n".join([*(self._line(str(name)) for name in self.table["assumption"].values), noise])
+
+    @property
+    def _unit(self) -> str:
+        """The unit of movements: a fit by objective="paths" has no deviations."""
+        return "posterior deviations" if self.table["in_deviations"].notnull().all() else "in log mean"
 
     def _line(self, name: str) -> str:
         """Say what one assumption does."""
         part = self.table.sel(assumption=name)
-        worst = part.isel(condition=int(part["in_deviations"].values.argmax()))
+        moved = part["change" if self._unit == "in log mean" else "in_deviations"]
+        worst = part.isel(condition=int(moved.values.argmax()))
         words = (
-            f"without {name}: predictions move by {float(part['in_deviations'].mean()):.2f} posterior deviations, most in "
-            f"{worst['condition'].item()} ({float(worst['in_deviations']):.2f}, {worst['gene'].item()})"
+            f"without {name}: predictions move by {float(moved.mean()):.2f} {self._unit}, most in "
+            f"{worst['condition'].item()} ({float(moved.max()):.2f}, {worst['gene'].item()})"
         )
         loss = float(part["validation"])
         return f"{words}; validation loss {loss:+.5f} per cell and gene." if np.isfinite(loss) else f"{words}; no cell was held out."
@@ -68,8 +75,7 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
     >>> pb.sensitivity(fit, n_draws=4, progress=False).table.sizes["assumption"]
     1
     """
-    if not isinstance(fit, Fit):
-        raise TypeError(f"sensitivity takes a fit; got {type(fit).__name__}.")
+    require_fit(fit)
     screen = fit.screen if screen is None else screen
     if screen is None:
         raise ValueError("A loaded fit does not hold its cells: pass the screen it was trained on, sensitivity(fit, screen).")
@@ -88,7 +94,8 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
     for left_out in optional:
         other = again([a for a in assumptions if a is not left_out])
         rows.append(_row(here, spread, _answers(other, n_draws, seed)[0], _validation(other) - _validation(fit)))
-    noise = _row(here, spread, _answers(again(assumptions, shift=1), n_draws, seed)[0], 0.0)["in_deviations"]
+    by_seed = _row(here, spread, _answers(again(assumptions, shift=1), n_draws, seed)[0], 0.0)
+    noise = by_seed["in_deviations" if spread.notnull().all() else "change"]
     names = pd.Index([type(a).__name__ for a in optional], name="assumption")
     return Sensitivity(xr.concat(rows, names).assign(noise=noise))
 
