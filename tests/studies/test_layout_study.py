@@ -43,8 +43,8 @@ def test_eq_22_is_the_limit_of_small_batch_effects_and_smooth_maps(study):
     for sources in ([0], [0, 1, 2]):
         apart = []
         for scale in (0.4, 0.04, 0.004):
-            found = study.known_map(simulation, slope, eta_of(simulation, 3, scale), sources)
-            apart.append(abs(found["true"] / found["predicted"] - 1))
+            every = [study.known_map(simulation, slope, eta_of(simulation, 3, scale, seed), sources) for seed in range(4)]
+            apart.append(np.mean([abs(found["true"] / found["predicted"] - 1) for found in every]))  # one draw may be right by chance
         assert apart[2] < 0.02
         assert apart[2] < apart[0]
         eta = eta_of(simulation, 3, 0.4)
