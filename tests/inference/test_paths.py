@@ -183,3 +183,9 @@ def test_paths_fitted_under_an_assumption_obey_it_more(course: pb.Screen, assump
             return float(bound.loss(fit.model, sites_at(fit.model, fit.guide), lambda share: share))
 
     assert denied(assumption) < 0.7 * denied()
+
+
+@pytest.mark.parametrize("question", [pb.effects, pb.decompose_batches, lambda fit: pb.plan_batches(fit, {"now": fit.screen})])
+def test_what_speaks_of_a_posterior_needs_one(fit: pb.Fit, question: Callable[[pb.Fit], object]) -> None:
+    with pytest.raises(ValueError, match="by their posterior, and objective='paths' has none"):
+        question(fit)

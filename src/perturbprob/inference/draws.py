@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
+    from perturbprob.inference.fit import Fit
     from perturbprob.model.cell_model import CellModel
     from perturbprob.model.guide import Guide
 
@@ -33,6 +34,13 @@ def require_fit(fit: object) -> None:
 
     if not isinstance(fit, Fit):
         raise TypeError(f"A fit is needed here; got {type(fit).__name__}. Make one with fit = pb.fit(model, screen).")
+
+
+def require_posterior(fit: "Fit", what: str) -> None:
+    """Refuse a deterministic fit where an answer is a statement about its uncertainty."""
+    require_fit(fit)
+    if fit.settings["objective"] == "paths":
+        raise ValueError(f"{what} by their posterior, and objective='paths' has none. Compare conditions with predict, or fit by the ELBO.")
 
 
 def bar(items: Iterable[Any], what: str, unit: str, *, progress: bool, total: int | None = None) -> "tqdm[Any]":

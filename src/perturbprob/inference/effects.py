@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
-from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.draws import check_draws, global_draws, require_posterior, seeded, warn_if_large
 from perturbprob.inference.predict import AliasedWarning, Expectation, labelled
 
 if TYPE_CHECKING:
@@ -56,12 +56,10 @@ def effects(
     ``against`` names another perturbation to compare with; media and time are then the same on both sides. An interval that leaves
     out 0 says which genes change; ``hit`` says whether the perturbation does anything at all: read it first.
     """
-    require_fit(fit)
+    require_posterior(fit, "effects judges fold changes")
     check_draws(n_draws)
     if n_draws < 2:
         raise ValueError("effects needs at least 2 draws: fold changes are judged by their posterior deviation.")
-    if fit.settings["objective"] == "paths":
-        raise ValueError("effects judges fold changes by their posterior, and objective='paths' has none. Compare conditions with predict.")
     if not 0 < false_discoveries < 1 or not 0 < prior < 1 or not 0 < level < 1:
         raise ValueError("level, false_discoveries and prior are probabilities between 0 and 1.")
     pairs = _pairs(fit, against)

@@ -11,7 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded, warn_if_large
 from perturbprob.inference.predict import Expectation, interpolated_log1p
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.studies.reference_grid import ReferenceGrid
@@ -125,7 +125,7 @@ def decompose_batches(
     >>> bool(abs(parts.table["share_draws"].sum("source") - 1).max() < 1e-5)
     True
     """
-    require_fit(fit)
+    require_posterior(fit, "decompose_batches gives shares")
     check_draws(n_draws)
     check_draws(n_states, "n_states")
     for name, value in (("threshold", threshold), ("level", level)):

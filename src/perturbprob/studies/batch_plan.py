@@ -14,7 +14,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded
 from perturbprob.inference.predict import Expectation
 from perturbprob.inference.projected import projected
 from perturbprob.studies.layout_error import BatchPrior, Law, covariance, error_of_changes
@@ -140,7 +140,7 @@ def plan_batches(
         draws = source.draws(n_draws, seed)
         values = [[error_of_changes(plan.cells, source.law(len(plan.cells), draw), plan.control) for plan in plans] for draw in draws]
     else:
-        require_fit(source)
+        require_posterior(source, "Plans weigh errors")
         values = _from_fit(source, list(tables.values()), of, n_draws, n_points, seed, progress)
     coords = {"draw": np.arange(n_draws), "layout": list(tables)}
     return BatchPlan(xr.DataArray(np.array(values), coords, ("draw", "layout")).transpose("layout", "draw"), tables)
@@ -173,7 +173,7 @@ def improve_layout(source: "Fit | BatchPrior", layout: pd.DataFrame, *, n_moves:
         table = _Table(layout)
         law = source.law(len(table.cells))
     else:
-        require_fit(source)
+        require_posterior(source, "Plans weigh errors")
         plan = _FittedTable(source, layout)
         table, whole = plan.table, plan.law(next(iter(global_draws(source.model, source.guide, 1, seed))))
         noise, spread, effect = (part.median(-1, keepdim=True).values for part in whole)
