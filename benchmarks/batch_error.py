@@ -102,7 +102,7 @@ def even(simulation: Simulation, n_batches: int) -> pd.DataFrame:
 
 def fitted(simulation: Simulation, training: dict[str, float] = LONG) -> pb.Fit:
     """Fit a screen."""
-    model = pb.node(simulation.screen, 3, assumptions=[pb.UneditedStable()])
+    model = pb.node(simulation.screen, 3, assumptions=[pb.UneditedStable(), pb.ExchangeableBatches()])
     return pb.fit(model, simulation.screen, warmup=10, progress=False, **training)
 
 

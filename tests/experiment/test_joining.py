@@ -35,6 +35,7 @@ def lab(seed: int, genes: tuple[str, ...] = GENES, n_cells: int = 24, **columns)
         return Screen.from_anndata(adata, perturbation_type="knockout", **given)
 
 
+@pytest.mark.filterwarnings("ignore:'lab1' and 'lab3' hold the same cells")
 def test_every_cell_keeps_its_counts_condition_batch_and_expected_depth():
     labs = {"lab1": lab(0), "lab2": lab(1), "lab3": lab(0)}
     joint = Screen.concat(labs)
@@ -147,3 +148,8 @@ def test_a_screen_without_counts_in_the_common_genes_is_refused():
         pytest.raises(ValueError, match=r"no count in the genes that all screens"),
     ):
         Screen.concat({"lab1": lab(0, ("B", "C")), "lab2": two})
+
+
+def test_the_same_cells_under_two_names_are_noticed():
+    with pytest.warns(ScreenWarning, match="'lab1' and 'lab2' hold the same cells with the same values, which will count twice"):
+        Screen.concat({"lab1": lab(0), "lab2": lab(0)})

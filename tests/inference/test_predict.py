@@ -138,6 +138,21 @@ def test_the_kind_of_perturbation_counts(fit: pb.Fit, screen: pb.Screen) -> None
         pb.predict(fit, pb.Activation(name) >> pb.Wait(1), n_draws=2)
 
 
+def test_a_time_far_beyond_the_screen_is_said_to_be_a_guess(fit: pb.Fit, screen: pb.Screen) -> None:
+    with pytest.warns(pb.UndeclaredWarning, match="lasts 100, and the screen ends at .*its interval is too narrow"):
+        pb.predict(fit, pb.Knockout(screen.perturbations[0]) >> pb.Wait(100), n_draws=2)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_a_wrong_type(fit: pb.Fit) -> None:
+    with pytest.raises(ValueError, match="Media needs the name of a media; got 3"):
+        pb.Media(3)
+    with pytest.raises(ValueError, match=r"seed must be a whole number .*; got 2\.5"):
+        pb.predict(fit, pb.Wait(1), n_draws=2, seed=2.5)
+    with pytest.raises(ValueError, match="batch= takes the name of a batch, one per condition, or None; got 3"):
+        pb.predict(fit, pb.Wait(1), n_draws=2, batch=3)
+
+
 def test_before_time_zero() -> None:
     with pytest.raises(ValueError, match="Time runs forward from the start"):
         pb.Wait(-1)

@@ -59,6 +59,8 @@ def test_the_bound_is_never_below_the_square_of_the_average(fit: pb.Fit, screen:
     assert low <= tight <= high
     assert tight <= bound
     assert "no layout of these batches removes" in found.report()
+    with pytest.raises(ValueError, match=r"Unknown form 'loose' of eq 22. Use 'tight', or 'bound'"):
+        found.total("loose")
 
 
 def test_the_effect_is_that_of_the_posterior_and_zero_sum_effects_leave_only_what_is_carried(fit: pb.Fit, screen: pb.Screen) -> None:

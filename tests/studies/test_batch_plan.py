@@ -111,8 +111,11 @@ def test_a_prior_alone_proposes_better_layouts(screen: pb.Screen) -> None:
     assert bool((larger >= mean * (1 - 1e-9)).all())  # equal where every condition is spread alike
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_a_prior_cannot_say_is_refused(screen: pb.Screen) -> None:
     layouts = pb.propose_layouts(screen, 2, 800)
+    with pytest.raises(ValueError, match=r"BatchPrior\(batch_scale='a'\): use a finite number above 0"):
+        pb.BatchPrior("a")
     with pytest.raises(ValueError, match="BatchPrior has no 𝓕"):
         pb.plan_batches(pb.BatchPrior(), layouts, of="map")
     with pytest.raises(ValueError, match="of='maps': use 'change' or 'map'"):

@@ -83,8 +83,8 @@ class Media(Action):
 
     def __post_init__(self) -> None:
         """Refuse a media without a name."""
-        if self.name is not None and not self.name.strip():
-            raise ValueError("Media needs a name; the baseline media is Media().")
+        if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
+            raise ValueError(f"Media needs the name of a media; got {self.name!r}, and the baseline media is Media().")
 
     def __repr__(self) -> str:
         """Return the expression that makes this action."""

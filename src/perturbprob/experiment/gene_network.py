@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 from numpy.random import Generator
@@ -11,6 +12,7 @@ N_PROGRAMMES = 3  # latent programmes in which cells differ
 _LOG_PRODUCTION_LIMIT = 2.0  # input saturates here, so that no network runs away
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class GeneNetwork:
     """Cells before anything is done to them, and the network that answers. Log rates are natural and known up to the depth of a cell."""

@@ -1,5 +1,6 @@
 """Several screens, of several laboratories, as one."""
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -73,12 +74,23 @@ def _check(screens: Mapping[str, "Screen"]) -> None:
         "baseline",
         "All cells must start in one media: read each screen with a media= column and the same baseline=, written alike.",
     )
+    _warn_of_copies(screens)
     meanings = {name: _nontargeting(screen) for name, screen in screens.items()}
     if len(set(meanings.values())) > 1:
         raise ValueError(
             f"The screens do not mean the same by control: non-targeting sgRNAs are {_each(meanings)}. "
             "Read each with the same nontargeting= in Screen.from_anndata."
         )
+
+
+def _warn_of_copies(screens: Mapping[str, "Screen"]) -> None:
+    """Warn of two screens that hold the same cells: they would count twice."""
+    from perturbprob.experiment.screen import ScreenWarning
+
+    for (one, a), (other, b) in itertools.combinations(screens.items(), 2):
+        if np.array_equal(a.cells, b.cells) and a.counts.shape == b.counts.shape and np.array_equal(a.counts.data, b.counts.data):
+            message = f"{one!r} and {other!r} hold the same cells with the same values, which will count twice: leave one out."
+            warnings.warn(message, ScreenWarning, stacklevel=5)
 
 
 def _check_same(screens: Mapping[str, "Screen"], field: str, fix: str) -> None:

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import final
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from perturbprob.experiment.screen import Screen
 _DEPTH_SD = 0.3  # standard deviation of the log size factor
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Simulation:
     """A simulated screen and the truth behind it.

@@ -151,10 +151,10 @@ def meant(name: str, conditions: Sequence[Protocol]) -> list[str]:
     return list(dict.fromkeys(label for label, p in zip(labels(conditions), conditions, strict=True) if name in (label, p.perturbation)))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Say which known names are nearest to a misspelt one."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

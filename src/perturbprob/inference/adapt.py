@@ -1,6 +1,7 @@
 """A batch that the fit has never seen: its η from given cells, everything else as it was fitted."""
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.predict import Expectation
-from perturbprob.model.cells import CellTable
+from perturbprob.model.cells import CellTable, require_genes
 from perturbprob.model.guide import Guide
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
     require_fit(fit)
     require_screen(cells)
     check_draws(n_draws)
+    _check(fit, cells, batch)
     cells = _of_batch(fit, cells, batch)
     seen, found = _Seen(fit, cells), []
     for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="adapt" if progress else None)):
@@ -76,8 +78,11 @@ def widening(mode: Float[Tensor, " gene"], variance: Float[Tensor, " gene"], pri
     return c[((total.log() + mode.square() / total).sum(1) + 10 * (c.log() + 1 / c)).argmin()]
 
 
-def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:
-    """Return the cells of the new batch; refuse what is none."""
+def _check(fit: "Fit", cells: Screen, batch: str) -> None:
+    """Refuse a name or cells that the fit has seen, genes that it has not, and a fit in which η has no scale."""
+    if not isinstance(batch, str) or not batch:
+        raise ValueError(f"batch= names the new batch; got {batch!r}.")
+    require_genes(fit.model, cells)
     if batch in fit.model.vocabulary.batches:
         raise ValueError(f"The fit knows batch {batch!r} already. Give the name of a batch that it has not seen.")
     if cells.assays:
@@ -87,10 +92,19 @@ def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:
         )
     if fit.model.batch_effect.n_batches == 1:
         raise ValueError("The fit has one batch, so how far batches differ was never seen. Fit a screen of several batches to adapt it.")
+
+
+def _of_batch(fit: "Fit", cells: Screen, batch: str) -> Screen:
+    """Return the cells of the new batch; refuse cells of other batches only, and warn of those that the fit has seen."""
     if batch in cells.batches:
-        return cells[cells.batch == cells.batches.index(batch)]
-    if len(cells.batches) > 1:
+        cells = cells[cells.batch == cells.batches.index(batch)]
+    elif len(cells.batches) > 1:
         raise ValueError(f"No cell is in batch {batch!r}; the screen holds {', '.join(map(repr, cells.batches[:5]))}. Name one of them.")
+    if seen := set(map(str, cells.cells)) & set(fit.trained_on["cells"]):
+        warnings.warn(
+            f"{len(seen):,} of these cells have names of cells that the fit was trained on: if they are the same, this is no new batch.",
+            stacklevel=3,
+        )
     return cells
 
 

@@ -28,6 +28,12 @@ def check_draws(n_draws: int, name: str = "n_draws") -> None:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that random number generators do not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
+
+
 def require_fit(fit: object) -> None:
     """Refuse anything but a fit, such as the model it should come from."""
     from perturbprob.inference.fit import Fit
@@ -62,6 +68,7 @@ def global_draws(model: "CellModel", guide: "Guide | None", n_draws: int, seed: 
     The user's random state is left alone; draw k is the same whatever is done between draws. ``progress`` names the bar, if any.
     """
     check_draws(n_draws)
+    check_seed(seed)
     for k in bar(range(n_draws), progress or "", "draw", progress=progress is not None):
         with seeded(seed, k):
             around = model.globals

@@ -19,7 +19,7 @@ from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.depth import DepthLaw
-from perturbprob.inference.draws import bar
+from perturbprob.inference.draws import bar, check_seed
 from perturbprob.inference.objective import PathLoss, check_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
@@ -137,8 +137,7 @@ def fit(
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     require_screen(screen, partial=True)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
+    check_seed(seed)
     minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience

@@ -14,8 +14,9 @@ from torch.quasirandom import SobolEngine
 from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.vocabulary import nearest
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.draws import Sites, check_draws, check_seed, global_draws, require_fit, seeded, warn_if_large
 from perturbprob.measurement.counts import CountLaw
+from perturbprob.model.assumptions import ExchangeableBatches
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -24,6 +25,8 @@ N_REST = 128
 """How many rest states z₀, and size factors with them, an expectation is averaged over (the same Sobol points for every draw)."""
 CHUNK = 20_000_000
 """How many values of rest states × conditions × genes are held at once."""
+FAR = 2.0
+"""From how many times the longest course on a prediction says that nothing was measured near."""
 SCALES = {"counts": ("rate", "counts", "log1p"), "continuous": ("value",)}
 
 
@@ -70,12 +73,15 @@ def predict(
     scale = _scale(fit, scale)
     _check_choices(interval, level, n_cells)
     protocols = _protocols(fit, conditions)
+    if not (batch is None or isinstance(batch, Sequence)):
+        raise ValueError(f"batch= takes the name of a batch, one per condition, or None; got {batch!r}.")
     batches: list[str | None] = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
     if len(batches) != len(protocols):
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
-    if None in batches:
-        _say_aliased(fit)
+    if not (None in batches and _say_aliased(fit)):
+        _say_apart(fit, protocols, batches)
     _say_untested(fit)
+    _say_far(fit, protocols)
     n_values = 3 * n_draws * len(protocols) * len(fit.model.vocabulary.genes)
     warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
 
@@ -188,8 +194,8 @@ def known_protocol(fit: "Fit", protocol: Protocol | Action) -> Protocol:
     return known
 
 
-def _say_aliased(fit: "Fit") -> None:
-    """Say that η = 0 is not a neutral choice where every batch holds one level of a factor."""
+def _say_aliased(fit: "Fit") -> bool:
+    """Say that η = 0 is not a neutral choice where every batch holds one level of a factor; return whether that is so."""
     with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f != "batch"})
     if with_batch:
         words = " and ".join([", ".join(with_batch), "batch"])
@@ -200,6 +206,7 @@ def _say_aliased(fit: "Fit") -> None:
             AliasedWarning,
             stacklevel=3,
         )
+    return bool(with_batch)
 
 
 class UndeclaredWarning(UserWarning):
@@ -219,6 +226,44 @@ def _say_untested(fit: "Fit") -> None:
         UndeclaredWarning,
         stacklevel=3,
     )
+
+
+def _say_apart(fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None]) -> None:
+    """Say that a condition was seen in batches that share none with the one asked for, so that only priors tell the two apart."""
+    if not any(isinstance(bound.assumption, ExchangeableBatches) for bound in fit.model.assumptions):
+        return
+    import networkx
+
+    graph = networkx.Graph()
+    for text, of in fit.trained_on["conditions"].items():
+        seen = Protocol.parse(text)
+        graph.add_edges_from(((seen.perturbations, seen.media), b) for b in of)
+    for protocol, batch in zip(protocols, batches, strict=True):
+        node = (protocol.perturbations, protocol.media)
+        seen_there = networkx.has_path(graph, node, batch) if {node, batch} <= set(graph) else networkx.is_connected(graph)
+        if node in graph and not seen_there:
+            where = "the prediction at η = 0" if batch is None else f"batch {batch!r}"
+            warnings.warn(
+                f"{protocol} was seen in batches that share no condition with others, so {where} differs from them by what priors alone "
+                "say (ExchangeableBatches). Name a batch= that holds the condition, or compare within its part.",
+                AliasedWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _say_far(fit: "Fit", protocols: Sequence[Protocol]) -> None:
+    """Say that nothing was measured near a time."""
+    last = max(Protocol.parse(text).time for text in fit.trained_on["conditions"])
+    for protocol in protocols:
+        if protocol.time > FAR * last:
+            warnings.warn(
+                f"{protocol} lasts {protocol.time:g}, and the screen ends at {last:g}: so far beyond it the prediction is what the "
+                "networks and priors happen to say, and its interval is too narrow.",
+                UndeclaredWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _draws(
@@ -255,6 +300,7 @@ class Expectation:
         self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0
     ) -> None:
         """Encode the protocols and place the points."""
+        check_seed(seed)
         self.fit, self.model = fit, fit.model
         names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
         self.new = len(names.batches)

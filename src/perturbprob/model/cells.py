@@ -53,6 +53,17 @@ def _known(screen: Screen) -> bool:
     return screen.standard_error is not None and bool((screen.standard_error > 0).all())
 
 
+def require_genes(model: "CellModel", screen: Screen) -> None:
+    """Refuse a screen of other genes than the model's."""
+    known = model.vocabulary.genes
+    if tuple(screen.genes) == known:
+        return
+    missing = sorted(set(known) - set(screen.genes))
+    same = "the same genes are in another order or beside others"
+    found = f"{len(missing)} of its genes are missing, such as {missing[:3]}" if missing else same
+    raise ValueError(f"The model knows {len(known)} genes and the screen holds {screen.n_genes}; {found}. Take adata[:, genes] first.")
+
+
 @final
 class CellTable:
     """The cells of a screen in the names of a model; refuses names that the model has never seen.
@@ -70,16 +81,7 @@ class CellTable:
         """
         require_screen(screen, partial=True)
         names = model.vocabulary
-        if tuple(screen.genes) != names.genes:
-            missing = sorted(set(names.genes) - set(screen.genes))
-            found = (
-                f"{len(missing)} of its genes are missing, such as {missing[:3]}"
-                if missing
-                else "the same genes are in another order or beside others"
-            )
-            raise ValueError(
-                f"The model knows {len(names.genes)} genes and the screen holds {screen.n_genes}; {found}. Take adata[:, genes] first."
-            )
+        require_genes(model, screen)
         if (screen.values == "continuous") != (model.start is not None):
             raise ValueError(f"The model was made for other values than this screen's {screen.values}. Make the model from this screen.")
         if isinstance(model.measurement, Normal) and not model.measurement.learnt and not _known(screen):

@@ -119,7 +119,8 @@ class Guide(PyroModule):
             self.dispersion_loc.copy_(Overdispersion().inv(theta))
             width = (screen.n_cells / 2 * (mean / (mean + theta)).square() + 0.5).rsqrt()  # of log θ
             width = width / (theta * -torch.expm1(-20 / theta))
-            # of genes with hardly a count it would be so wide that half of it is on the side of the Poisson law
+            # of genes with hardly a count it would reach far into the Poisson law: six deviations stop at u = −4 (Overdispersion), beyond
+            # which exp(20 u) is 0 in single precision and no gradient leads back
             self.dispersion_log_scale.copy_(width.minimum((self.dispersion_loc.cpu() + 4) / 6).log())
         by_condition = _information(screen.counts, screen.condition, len(screen.conditions))
         self.condition_log_scale.copy_(-0.5 * (_members(model, screen) @ by_condition + prior).log())

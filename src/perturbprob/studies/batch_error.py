@@ -37,6 +37,8 @@ class BatchError:
 
     def total(self, form: str = "tight", level: float = 0.9) -> tuple[float, float, float]:
         """Return ε(x, t), averaged over conditions: mean and central interval over draws, of "tight" or "bound", with ``irreducible``."""
+        if form not in ("tight", "bound"):
+            raise ValueError(f"Unknown form {form!r} of eq 22. Use 'tight', or 'bound' for eq 22 as printed.")
         draws = (self.table[form] + self.table["irreducible"]).mean("condition")
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
         return float(draws.mean()), float(low), float(high)

@@ -1,6 +1,6 @@
 """By how much each perturbation moves the depth of cells: their log total as an observation of its own (text after eq 19)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import xarray as xr
@@ -79,6 +79,7 @@ def _asked(screen: "Screen") -> Float64[np.ndarray, "answer condition"]:
     return np.concatenate([each, whole / whole.sum(1, keepdims=True)])
 
 
+@final
 class _Depth:
     """Log totals of cells, added up over those of one condition in one batch, and what their means hold."""
 

@@ -81,3 +81,12 @@ def test_it_says_what_rests_on_it_and_cannot_be_left_out() -> None:
     fit = pb.fit(pb.node(screen, 2, assumptions=[pb.ExchangeableBatches()]), screen, epochs=1, progress=False)
     with pytest.raises(ValueError, match="declares no assumption that it can do without"):
         pb.sensitivity(fit, progress=False)
+
+
+def test_a_prediction_across_parts_says_that_priors_alone_carry_it() -> None:
+    screen = screen_of(APART, n=5)
+    fit = pb.fit(pb.node(screen, 2, assumptions=[pb.ExchangeableBatches(), pb.UneditedStable()]), screen, epochs=1, progress=False)
+    condition = pb.Knockout("A") >> pb.Wait(1)
+    pb.predict(fit, condition, batch="l1", n_draws=2, progress=False)
+    with pytest.warns(pb.AliasedWarning, match="share no condition with others, so batch 'l2' differs from them by what priors alone say"):
+        pb.predict(fit, condition, batch="l2", n_draws=2, progress=False)

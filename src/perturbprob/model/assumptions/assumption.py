@@ -145,8 +145,9 @@ def _kinds() -> dict[str, type[Assumption]]:
 
 def bind(assumptions: Sequence[Assumption], screen: "Screen") -> list[Bound]:
     """Bind assumptions to a screen; refuse what is none, and one kind twice."""
-    if isinstance(assumptions, Assumption):
-        raise TypeError(f"assumptions= takes a list; write assumptions=[{type(assumptions).__name__}(...)].")
+    if isinstance(assumptions, Assumption | str):
+        name = assumptions if isinstance(assumptions, str) else type(assumptions).__name__
+        raise TypeError(f"assumptions= takes a list; write assumptions=[{name}(...)].")
     kinds = [type(a) for a in assumptions]
     for assumption in assumptions:
         if not isinstance(assumption, Assumption):
