@@ -151,7 +151,7 @@ def test_layouts_are_tables_of_cells(screen: pb.Screen) -> None:
     with pytest.raises(TypeError, match=r"'a' is no table of cells.*got int"):
         pb.plan_batches(pb.BatchPrior(), {"a": 3})
     for wrong in (-table, table * np.nan, 0 * table):
-        with pytest.raises(ValueError, match="'a' holds numbers of cells that are negative, not finite, or all 0"):
+        with pytest.raises(ValueError, match="'a' holds numbers of cells that are negative, not finite, not whole, or all 0"):
             pb.plan_batches(pb.BatchPrior(), {"a": wrong})
         with pytest.raises(ValueError, match="'layout' holds numbers of cells"):
             pb.improve_layout(pb.BatchPrior(), wrong)

@@ -1,6 +1,7 @@
 """What else was measured in the cells of a screen: surface proteins, chromatin windows (eq 10)."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, final
@@ -74,11 +75,17 @@ class Assay:
         """
         _check_kind(kind, binary)
         name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        if obsm is not None and layer is not None:
+            raise ValueError("layer= and obsm= name two places for one matrix: give one of them.")
+        if obsm is None and features is not None:
+            raise ValueError("features= names the columns of a matrix in obsm=; the features of X and layers are adata.var_names.")
         if obsm is not None:
             adata, name, layer = _from_obsm(adata, obsm, features), f"adata.obsm[{obsm!r}]", None
         _check_features(adata.var_names, name)
         check_names(adata)
-        mask = np.ones(adata.n_obs, bool) if present is None else np.asarray(present, bool)
+        mask = np.ones(adata.n_obs, bool) if present is None else np.asarray(present)
+        if mask.dtype != bool:
+            raise ValueError(f"present= is a mask of True and False; got values of type {mask.dtype}.")
         if mask.shape != (adata.n_obs,) or not mask.any():
             raise ValueError(f"present= needs one value for each of the {adata.n_obs:,} cells, True in at least one; got {mask.shape}.")
         counts = read_counts(adata, layer, mask, name=name, what="feature")
@@ -237,6 +244,12 @@ def _cells(mdata: Any, parts: Mapping[str, AnnData], missing: str) -> pd.Index:
     nothing = mdata.obs_names.difference(cells)
     if len(nothing):
         raise ValueError(f"{some(nothing, 'cell')} of mdata without any of the assays {', '.join(parts)}: nothing was seen of them.")
+    if len(parts) > 1 and len(cells) == sum(map(len, parts.values())):
+        from perturbprob.experiment.screen import ScreenWarning
+
+        shown = ", ".join(f"{part.obs_names[0]!r} in {key}" for key, part in parts.items())
+        message = f"No cell has two of the assays; cells are called {shown}. If these are the same cells, write their names alike."
+        warnings.warn(message, ScreenWarning, stacklevel=4)
     lacking = {key: cells.difference(part.obs_names) for key, part in parts.items()}
     if missing == "error" and any(len(found) for found in lacking.values()):
         found = "; ".join(f"{key} lacks {some(found, 'cell')}" for key, found in lacking.items() if len(found))

@@ -30,6 +30,8 @@ def read_fields(adata: AnnData, columns: dict[str, Any], present: Bool[np.ndarra
     conditions, condition = reading.combine(perturbed, placed, waited)
     column = reading.read_column(obs, "batch", asked["batch"])
     batches = reading.Levels.constant(adata.n_obs, "batch") if column is None else reading.Levels.of(column)
+    if taken := sorted({"average", "new"}.intersection(batches.values)):
+        raise ValueError(f"A batch is named {taken[0]!r}, which predict(batch={taken[0]!r}) means otherwise. Give that batch another name.")
     spacers = reading.read_column(obs, "sgrna", asked["sgrna"])
     edited = np.array([bool(p.perturbations) for p in conditions])[condition]
     return {

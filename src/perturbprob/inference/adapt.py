@@ -80,8 +80,8 @@ def widening(mode: Float[Tensor, " gene"], variance: Float[Tensor, " gene"], pri
 
 def _check(fit: "Fit", cells: Screen, batch: str) -> None:
     """Refuse a name or cells that the fit has seen, genes that it has not, and a fit in which η has no scale."""
-    if not isinstance(batch, str) or not batch:
-        raise ValueError(f"batch= names the new batch; got {batch!r}.")
+    if not isinstance(batch, str) or batch in ("", "average", "new"):
+        raise ValueError(f"batch= names the new batch, by a word that predict does not mean otherwise; got {batch!r}.")
     require_genes(fit.model, cells)
     if batch in fit.model.vocabulary.batches:
         raise ValueError(f"The fit knows batch {batch!r} already. Give the name of a batch that it has not seen.")

@@ -165,6 +165,8 @@ def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None
             raise ValueError(f"{name} must be a whole number; got {value!r}.")
         if not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
+    if lacking := sorted(set(model.assays) - set(screen.assays)):
+        raise ValueError(f"The model has the assay {lacking[0]!r} and the screen has not. Make the model from this screen.")
     if screen.n_cells < 2:
         raise ValueError(f"A fit needs at least 2 cells; the screen has {screen.n_cells}.")
     if not model.vocabulary.perturbations and not model.vocabulary.media and len(screen.times) < 2:
@@ -310,7 +312,7 @@ def _finite(site: dict[str, Any]) -> bool:
 
 
 def trained_on(screen: Screen) -> dict[str, Any]:
-    """Record what a fit has seen: cells, cells per condition and batch, and what is confounded."""
+    """Record what a fit has seen: cells, cells per condition and batch, and per assay and batch, and what is confounded."""
     table = np.zeros((len(screen.conditions), len(screen.batches)), dtype=int)
     np.add.at(table, (screen.condition, screen.batch), 1)
     conditions = {
@@ -318,4 +320,9 @@ def trained_on(screen: Screen) -> dict[str, Any]:
     }
     nested = [pair for pair in screen.layout.nested() if pair[0] == "batch"]
     confounded = [list(pair) for pair in [*screen.layout.confounded(), *nested]]
-    return {"cells": list(map(str, screen.cells)), "conditions": conditions, "confounded": confounded, "columns": screen.columns}
+    assays = {
+        name: dict(zip(screen.batches, np.bincount(screen.batch, assay.present, len(screen.batches)).astype(int).tolist(), strict=True))
+        for name, assay in screen.assays.items()
+    }
+    seen = {"conditions": conditions, "confounded": confounded, "assays": assays}
+    return {"cells": list(map(str, screen.cells)), "columns": screen.columns} | seen

@@ -52,8 +52,9 @@ def predict(
     Returns a Dataset over (condition, gene) with ``mean``, ``lower`` and ``upper``: the posterior mean and the central interval of
     probability ``level``. Conditions carry the coordinates perturbation, media, time. Main arguments:
 
-    - ``scale``: "rate" (default), the expected share of a gene in all counts; "counts", the expected count of a cell; "log1p",
-      E[log(1 + count)] under the law of the counts. Counts are averaged over the fitted law of the size factor in the condition.
+    - ``scale``: "rate" (default), the expected share of a gene in all counts, which in a named batch is the share times e^η and adds up to
+      1 over genes to first order in η only; "counts", the expected count of a cell; "log1p",
+      E[log(1 + count)] under the law of the counts. Counts are averaged over the fitted law of the size factor in the condition and batch.
       A fit of continuous values has one scale, "value".
     - ``batch``: a name (or one per condition); "average" over the fitted batches; "new", a batch never seen; None, η = 0. Where
       batches coincide with times or media, η may hold what they share, and None says so.
@@ -78,6 +79,8 @@ def predict(
     batches: list[str | None] = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
     if len(batches) != len(protocols):
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
+    if "new" in batches and fit.model.batch_effect.n_batches == 1:
+        raise ValueError("The fit has one batch, so how far another would be off was never seen: batch='new' cannot be answered.")
     if not (None in batches and _say_aliased(fit)):
         _say_apart(fit, protocols, batches)
     _say_untested(fit)
@@ -131,6 +134,9 @@ def predict_assay(
     fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
     if batch not in (None, "average", *fitted):
         raise ValueError(f"Batch {batch!r} is none whose {assay} was fitted. {nearest(str(batch), fitted)}")
+    seen = fit.trained_on.get("assays", {}).get(assay, {})
+    if batch not in (None, "average") and not seen.get(batch, 1):
+        raise ValueError(f"No cell of batch {batch!r} has the assay {assay!r}, so what it does there was never seen. Name another.")
     protocols = _protocols(fit, conditions)
     if batch is None:
         _say_aliased(fit)

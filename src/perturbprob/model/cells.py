@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
@@ -51,6 +51,12 @@ class Cells:
 def _known(screen: Screen) -> bool:
     """Tell whether every value has a standard error above 0."""
     return screen.standard_error is not None and bool((screen.standard_error > 0).all())
+
+
+def _filled(error: Float32[np.ndarray, "cell gene"]) -> Float32[np.ndarray, "cell gene"]:
+    """Return standard errors, one that is not known as large as the largest known of its gene; 0, all noise learnt, where none is."""
+    known = np.where(np.isnan(error), -np.inf, error).max(axis=0)
+    return np.where(np.isnan(error), np.maximum(known, 0), error).astype(np.float32)
 
 
 def require_genes(model: "CellModel", screen: Screen) -> None:
@@ -124,7 +130,7 @@ class CellTable:
             counts=counts.to(device=device, dtype=torch.float32),
             warmth=warmth,
             condition=condition.to(device),
-            standard_error=None if known is None else torch.from_numpy(np.nan_to_num(known[index.numpy()])).to(device),
+            standard_error=None if known is None else torch.from_numpy(_filled(known)[index.numpy()]).to(device),
             present=None if self.screen.present is None else torch.from_numpy(self.screen.present[index.numpy()]).to(device),
             assays={name: self._seen(name, index) for name in self.assays},
         )

@@ -86,18 +86,32 @@ def node(
     return model
 
 
-def _batch_effect(screen: Screen, form: str | pd.DataFrame | dict[str, Any]) -> str | dict[str, Any]:
+def _batch_effect(screen: Screen, form: str | pd.DataFrame) -> str | dict[str, Any]:
     """Return the form of the batch effects as JSON can hold it: a word, or the covariates of each batch."""
     if isinstance(form, str):
         if form not in BATCH_EFFECTS:
             raise ValueError(f"Unknown batch_effect {form!r}. Use {', '.join(map(repr, BATCH_EFFECTS))}, or a table of covariates.")
         return form
-    table = pd.DataFrame(form)
+    if not isinstance(form, pd.DataFrame):
+        raise TypeError(f"batch_effect= is a word or a table (DataFrame) of covariates of the batches; got {type(form).__name__}.")
+    table = form.set_axis(form.index.map(str)).rename(columns=str)
+    if not table.shape[1]:
+        raise ValueError("The table of covariates has no column. Leave it out, or give at least one covariate of the batches.")
+    for what, names in (("row", table.index), ("column", table.columns)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise ValueError(
+                f"The table of covariates has {int((names == twice).sum())} {what}s named {twice!r}: give one row for each batch and one "
+                "column for each covariate. Columns of cells are averaged by obs.groupby(batch).mean()."
+            )
     if missing := [b for b in screen.batches if b not in table.index]:
         raise ValueError(f"The table of covariates has no row for {', '.join(map(repr, missing[:3]))}: its index names the batches.")
     if not all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes):
         raise ValueError(f"Covariates of batches are numbers; the columns hold {', '.join(map(str, table.dtypes))}.")
-    return table.loc[list(screen.batches)].astype(float).to_dict()
+    table = table.loc[list(screen.batches)].astype(float)
+    if unknown := table.index[~np.isfinite(table).all(axis=1)].tolist():
+        raise ValueError(f"The covariates of batch {unknown[0]!r} are not all finite. Fill them in, or leave that column out.")
+    return table.to_dict()
 
 
 def _measurement(screen: Screen, name: str | None) -> str:
@@ -151,7 +165,12 @@ def _batches(facts: dict[str, Any], form: str | dict[str, Any], n_latent: int) -
 
 
 def _assay(screen: Screen, assay: Assay) -> dict[str, Any]:
-    """Return what a head must know of an assay, as JSON can hold it."""
+    """Return what a head must know of an assay, as JSON can hold it; refuse one that no cell has."""
+    if not assay.present.any():
+        raise ValueError(
+            f"No cell of this screen has the assay of {len(assay.features):,} features such as {assay.features[0]!r}: nothing "
+            "can be learnt of it. Leave it out with screen.with_assays."
+        )
     place = {gene: k for k, gene in enumerate(screen.genes)}
     genes = [-1 if gene is None else place[gene] for gene in assay.genes]
     return {"kind": "open" if assay.binary else assay.kind, "features": list(assay.features), "genes": genes}

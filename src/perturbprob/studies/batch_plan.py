@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Protocol
-from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded
 from perturbprob.inference.predict import Expectation
 from perturbprob.inference.projected import projected
@@ -49,6 +49,9 @@ class BatchPlan:
             low, high = np.sqrt(own.quantile([(1 - level) / 2, (1 + level) / 2], "draw").values)
             more = float(np.sqrt((own / best).mean())) - 1
             lines.append(f"  {name}: {np.sqrt(float(own.mean())):.3f} ({low:.3f} to {high:.3f})" + (f", {more:+.0%}" if more > 0 else ""))
+        cells = {name: int(table.to_numpy().sum()) for name, table in self.layouts.items()}
+        if max(cells.values()) > 1.02 * min(cells.values()):
+            lines.append(f"  They differ in cells, which counts too: {', '.join(f'{name} {n:,}' for name, n in cells.items())}.")
         return "\n".join([*lines, f"Advice: {self.best}."])
 
     def __repr__(self) -> str:
@@ -69,6 +72,9 @@ def propose_layouts(screen: Screen, n_batches: int, n_cells: int) -> dict[str, p
     >>> {name: int(table.to_numpy().sum()) for name, table in layouts.items()}["controls in every batch"]
     1200
     """
+    require_screen(screen)
+    check_draws(n_batches, "n_batches")
+    check_draws(n_cells, "n_cells")
     if n_batches < 2 or n_cells < len(screen.conditions) * n_batches:
         raise ValueError(f"A layout needs at least 2 batches and a cell of each condition in each; got {n_batches} and {n_cells} cells.")
     index, each = screen.summary().index, n_cells // len(screen.conditions)
@@ -163,12 +169,17 @@ def _from_fit(fit: "Fit", tables: list[pd.DataFrame], of: str, n_draws: int, n_p
     return values
 
 
-def improve_layout(source: "Fit | BatchPrior", layout: pd.DataFrame, *, n_moves: int = 20, seed: int = 0) -> pd.DataFrame:
+def improve_layout(
+    source: "Fit | BatchPrior", layout: "pd.DataFrame | Screen", *, capacity: int | None = None, n_moves: int = 20, seed: int = 0
+) -> pd.DataFrame:
     """Return a layout after greedy moves: each takes half a condition's cells of one batch to another where that lowers the error most.
 
-    The error is that of `plan_batches` for one gene of median τ, s² and v with ∇𝓕 = 1; moves stop where none helps.
+    The error is that of `plan_batches` for one gene of median τ, s² and v with ∇𝓕 = 1; moves stop where none helps. No batch grows beyond
+    ``capacity`` cells, by default those of the largest: without a limit one batch for everything has no batch effect at all.
     """
-    layout = _checked(layout, "layout")
+    check_draws(n_moves, "n_moves")
+    layout = _checked(layout.summary() if isinstance(layout, Screen) else layout, "layout")
+    limit = float(layout.to_numpy().sum(0).max()) if capacity is None else float(capacity)
     if isinstance(source, BatchPrior):
         table = _Table(layout)
         law = source.law(len(table.cells))
@@ -180,7 +191,7 @@ def improve_layout(source: "Fit | BatchPrior", layout: pd.DataFrame, *, n_moves:
         law = (noise, spread, effect)
     cells = table.cells.clone()
     for _ in range(n_moves):
-        trials = list(_moves(cells))
+        trials = [trial for trial in _moves(cells) if (trial.sum(0) <= torch.maximum(cells.sum(0), cells.new_tensor(limit))).all()]
         errors = [error_of_changes(trial, law, table.control) for trial in trials]
         if min(errors, default=np.inf) >= error_of_changes(cells, law, table.control) * (1 - 1e-6):
             break
@@ -196,8 +207,10 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
             f"such as screen.summary(); got {type(table).__name__}."
         )
     cells = table.to_numpy(dtype=float)
-    if not np.isfinite(cells).all() or (cells < 0).any() or not cells.any():
-        raise ValueError(f"{name!r} holds numbers of cells that are negative, not finite, or all 0. Correct the table.")
+    if not np.isfinite(cells).all() or (cells < 0).any() or not cells.any() or (cells != np.floor(cells)).any():
+        raise ValueError(f"{name!r} holds numbers of cells that are negative, not finite, not whole, or all 0. Correct the table.")
+    if not table.index.is_unique:
+        raise ValueError(f"{name!r} has two rows for {table.index[table.index.duplicated()][0]}. Add them up.")
     return table
 
 
@@ -247,6 +260,8 @@ class _FittedTable:
         known = {(p.perturbation, p.media or baseline, p.time): p for p in map(Protocol.parse, fit.trained_on["conditions"])}
         if missing := [(str(p), str(m), float(t)) for p, m, t in table.index if (str(p), str(m), float(t)) not in known]:
             raise ValueError(f"The fit does not know the condition {missing[0]}. A layout holds conditions that were fitted.")
+        if len(table) < 2:
+            raise ValueError("A plan compares conditions, and this layout holds one: there is no change to be wrong about.")
         self.table = _Table(table, baseline)
         self.conditions = [known[key] for key in self.table.keys]
         self.expectation = Expectation(fit, self.conditions, [None] * len(self.conditions))

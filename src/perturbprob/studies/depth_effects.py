@@ -1,5 +1,6 @@
 """By how much each perturbation moves the depth of cells: their log total as an observation of its own (text after eq 19)."""
 
+import warnings
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -52,6 +53,7 @@ def depth_effects(screen: "Screen", *, total: ArrayLike | None = None, level: fl
         raise ValueError("depth_effects compares perturbed cells with control cells, and this screen lacks one of them.")
     if not 0 < level < 1:
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    _say_apart(screen)
     depth, asked = _Depth(screen, logs), _asked(screen)
     evidence, mean, variance = (np.stack(part) for part in zip(*(depth.posterior(tau, asked) for tau in SPREADS), strict=True))
     weight = np.exp(evidence - evidence.max()) / np.exp(evidence - evidence.max()).sum()
@@ -59,6 +61,19 @@ def depth_effects(screen: "Screen", *, total: ArrayLike | None = None, level: fl
     deviation = np.sqrt(weight @ (variance + (mean - average) ** 2))
     attrs = {"level": level, "residual_deviation": depth.noise**0.5, "effect_deviation": float(weight @ np.array(SPREADS))}
     return _dataset(screen, average, deviation, attrs)
+
+
+def _say_apart(screen: "Screen") -> None:
+    """Say which perturbations share no batch with control, directly or by way of others."""
+    edited = np.array([bool(p.perturbations) for p in screen.conditions])[screen.condition]
+    with_control = set(np.array(screen.batches, object)[np.unique(screen.batch[~edited])])
+    apart = [batch for part in screen.layout.components() if not with_control & set(part) for batch in part]
+    if apart:
+        warnings.warn(
+            f"Batches {', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''} share no condition with one that holds control: "
+            "of the depth of their perturbations the cells say nothing, and their intervals are those of the prior.",
+            stacklevel=3,
+        )
 
 
 def _log_totals(screen: "Screen", total: ArrayLike | None) -> Float64[np.ndarray, " cell"]:

@@ -1,6 +1,7 @@
 """The error that a layout leaves under a normal model of condition means and batch effects (B.2), and what is expected before any fit."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import final
@@ -40,7 +41,7 @@ class BatchPrior:
         """Check the numbers."""
         for field in fields(self):
             value, may_be_zero = getattr(self, field.name), field.name in ("heterogeneity", "uncertainty")
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+            if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
                 raise ValueError(f"BatchPrior({field.name}={value!r}): use a finite number {'of at least' if may_be_zero else 'above'} 0.")
 
     @property
