@@ -41,7 +41,7 @@ from perturbprob.inference import (  # noqa: E402
     projected,
     translate,
 )
-from perturbprob.model import CellModel, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
+from perturbprob.model import CellModel, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node, vae  # noqa: E402
 from perturbprob.studies import (  # noqa: E402
     BatchPrior,
     baselines,
@@ -112,6 +112,7 @@ __all__ = [
     "split",
     "steady_states",
     "translate",
+    "vae",
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from perturbprob.dynamics.solve import Solver
 from perturbprob.experiment.vocabulary import Segment
 
 
@@ -59,6 +60,8 @@ class Transition(nn.Module, ABC):
     """Whether W(s) then W(t) is W(s + t) within solver error."""
     invertible: bool = False
     """Whether it runs backward."""
+    solver: Solver | None = None
+    """What solves its waits, where they are solved by steps."""
     noise_shape: tuple[int, ...] = ()
     """The shape, per cell, of the noise it wants; `CellModel` samples it."""
 

@@ -3,7 +3,7 @@
 from perturbprob.model.assumptions import Assumption, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.guide import Guide
-from perturbprob.model.structures import node
+from perturbprob.model.structures import node, vae
 
 __all__ = [
     "Assumption",
@@ -15,4 +15,5 @@ __all__ = [
     "SteadyState",
     "UneditedStable",
     "node",
+    "vae",
 ]

@@ -20,6 +20,7 @@ from perturbprob.measurement.decoder import Decoder, Identity
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
+from perturbprob.model.mark_effect import MarkEffect
 
 if TYPE_CHECKING:
     from perturbprob.model.assumptions import Bound
@@ -30,7 +31,8 @@ class CellModel(PyroModule):
     """A screen as the paper tells it: cells at rest X are perturbed, their media changed, left alone, and measured.
 
     Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
-    ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
+    ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state, ``mark_effect``
+    what perturbations and media add to the push.
     ``assays`` see the same state beside RNA, by name, any subset in each cell.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
     ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
@@ -46,6 +48,7 @@ class CellModel(PyroModule):
         measurement: CountHead | Normal,
         batch_effect: BatchEffect,
         condition_effect: ConditionEffect,
+        mark_effect: MarkEffect,
         *,
         n_latent: int,
         n_hidden: int = 128,
@@ -60,7 +63,7 @@ class CellModel(PyroModule):
         super().__init__()
         self.vocabulary, self.recipe = vocabulary, recipe or {}
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
-        self.batch_effect, self.condition_effect = batch_effect, condition_effect
+        self.batch_effect, self.condition_effect, self.mark_effect = batch_effect, condition_effect, mark_effect
         self.assays = cast("dict[str, AssayHead]", nn.ModuleDict(assays or {}))
         own = {name: ConditionEffect(condition_effect.nodes, len(head.features), name) for name, head in self.assays.items()}
         self.assay_effects = cast("dict[str, ConditionEffect]", nn.ModuleDict(own))
@@ -98,18 +101,7 @@ class CellModel(PyroModule):
         own = {name: value for part in (*self.assays.values(), *self.assumptions) for name, value in part.globals().items()}
         for effect in (self.condition_effect, *self.assay_effects.values()):
             own |= effect()
-        return {**eta, "gene_bias": bias, **self.effects(), **measurement, **own}
-
-    def effects(self) -> dict[str, Tensor]:
-        """Sample what each perturbation and media adds to the push, with a scale per perturbation."""
-        sites = {}
-        for kind, names in (("perturbation", self.vocabulary.perturbations), ("media", self.vocabulary.media)):
-            zero = self.log_share.new_zeros(len(names))
-            if len(names):
-                scale = pyro.sample(f"{kind}_scale", dist.LogNormal(zero - 0.7, 0.7).to_event(1))
-                law = dist.Normal(zero[:, None].expand(-1, self.n_latent), scale[:, None])
-                sites[f"{kind}_effect"] = pyro.sample(f"{kind}_effect", law.to_event(2))
-        return sites
+        return {**eta, "gene_bias": bias, **self.mark_effect(), **measurement, **own}
 
     def at_rest(self, n_cells: int) -> dist.Distribution:
         """Return the law of z₀ for each cell: Normal(0, I), or the known start."""
