@@ -41,7 +41,17 @@ from perturbprob.inference import (  # noqa: E402
     projected,
     translate,
 )
-from perturbprob.model import CellModel, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node, vae  # noqa: E402
+from perturbprob.model import (  # noqa: E402
+    CellModel,
+    ExchangeableBatches,
+    Lipschitz,
+    SilentInBaseline,
+    SteadyState,
+    UneditedStable,
+    neural_sde,
+    node,
+    vae,
+)
 from perturbprob.studies import (  # noqa: E402
     BatchPrior,
     baselines,
@@ -96,6 +106,7 @@ __all__ = [
     "lipschitz_constant",
     "load",
     "log_density",
+    "neural_sde",
     "node",
     "plan_batches",
     "plots",

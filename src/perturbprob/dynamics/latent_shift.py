@@ -88,7 +88,7 @@ class LatentShift(Transition):
         """κ, per median wait."""
         return softplus(self.rate_unconstrained)
 
-    def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects) -> CellState:
+    def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects, noise: Tensor | None = None) -> CellState:
         """Return the shift of each cell's rest state by its marks, after all the time since its start."""
         perturbation = (state.perturbation @ effects.perturbation).expand_as(state.z0)
         media = (state.media @ effects.media).expand_as(state.z0)

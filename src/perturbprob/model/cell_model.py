@@ -1,5 +1,6 @@
 """The generative story of a screen: η, P, M, W, V, in that order."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -79,6 +80,11 @@ class CellModel(PyroModule):
         self.register_buffer("log_depth", torch.tensor(log_depth))
         self.register_buffer("start", start)
 
+    @property
+    def n_rest(self) -> int:
+        """How many numbers make a cell at rest: its state z₀, and the noise that its transition wants."""
+        return self.n_latent + (math.prod(self.transition.noise_shape) if self.transition.noise_shape else 0)
+
     def forward(self, cells: Cells) -> None:
         """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
         sites = self.globals()
@@ -104,23 +110,25 @@ class CellModel(PyroModule):
         return {**eta, "gene_bias": bias, **self.mark_effect(), **measurement, **own}
 
     def at_rest(self, n_cells: int) -> dist.Distribution:
-        """Return the law of z₀ for each cell: Normal(0, I), or the known start."""
+        """Return the law of z₀ for each cell, and of the noise of its way behind it: Normal(0, I), or the known start."""
         if self.start is not None:
             return dist.Delta(self.start.expand(n_cells, -1), event_dim=1)
-        return dist.Normal(self.log_share.new_zeros(n_cells, self.n_latent), 1.0).to_event(1)
+        return dist.Normal(self.log_share.new_zeros(n_cells, self.n_rest), 1.0).to_event(1)
 
-    def rest_points(self, uniform: Float[Tensor, "point latent"]) -> Float[Tensor, "point latent"]:
+    def rest_points(self, uniform: Float[Tensor, "point rest"]) -> Float[Tensor, "point rest"]:
         """Turn uniform points into rest states of the law `at_rest`."""
         return torch.special.ndtri(uniform) if self.start is None else self.start.expand_as(uniform)
 
-    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> CellState:
+    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell rest"], protocol: Sequence[Segment]) -> CellState:
         """Carry cells at rest through their protocols."""
         return self.course(sites, z, protocol)[-1]
 
-    def course(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> list[CellState]:
+    def course(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell rest"], protocol: Sequence[Segment]) -> list[CellState]:
         """Carry cells at rest through their protocols; return the state at the end of each segment."""
         try:
-            return self.transition.course(z, protocol, self.pushes(sites))
+            shape = self.transition.noise_shape
+            noise = z[..., self.n_latent :].unflatten(-1, shape) if shape else None
+            return self.transition.course(z[..., : self.n_latent], protocol, self.pushes(sites), noise)
         except SolverError as error:
             worst = self._described(protocol, error.cell) if error.cell >= 0 else "not known"
             advice = "Wait no longer than was measured, lower learning_rate, or give a smoother field."

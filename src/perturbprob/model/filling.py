@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perturbprob.dynamics.latent_shift import Additive, LatentShift, Network, Unmoved
 from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
+from perturbprob.dynamics.neural_sde import NeuralSDE
 from perturbprob.dynamics.solve import Solver
 from perturbprob.dynamics.transition import Transition
 from perturbprob.experiment.action import Protocol
@@ -63,6 +64,13 @@ def _node(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | N
     return Slots(NeuralODE(n_latent, field=moving, solver=Solver(arguments["solver"])), ShrunkEffect(facts["vocabulary"], n_latent))
 
 
+def _neural_sde(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None) -> Slots:
+    """Fill the slots with a neural SDE."""
+    n_latent = arguments["n_latent"]
+    waits = {"n_waits": arguments["n_waits"], "n_steps": arguments["n_steps"]}
+    return Slots(NeuralSDE(n_latent, field=field, **waits), ShrunkEffect(facts["vocabulary"], n_latent))
+
+
 def _vae(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None) -> Slots:
     """Fill the slots with a latent shift."""
     n_latent = arguments["n_latent"]
@@ -77,7 +85,11 @@ def _stable(facts: dict[str, Any], field: nn.Module) -> nn.Module:
     return Stable(field) if declared else field
 
 
-STRUCTURES: dict[str, Callable[[dict[str, Any], dict[str, Any], nn.Module | None], Slots]] = {"node": _node, "vae": _vae}
+STRUCTURES: dict[str, Callable[[dict[str, Any], dict[str, Any], nn.Module | None], Slots]] = {
+    "node": _node,
+    "vae": _vae,
+    "neural_sde": _neural_sde,
+}
 
 
 def make(

@@ -6,7 +6,7 @@ import pandas as pd
 from torch import nn
 
 from perturbprob.experiment.screen import Screen
-from perturbprob.model.assumptions import Assumption
+from perturbprob.model.assumptions import Assumption, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.filling import SHIFTS, make
 
@@ -94,5 +94,52 @@ def vae(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=custom,
+        seed=seed,
+    )
+
+
+def neural_sde(
+    screen: Screen,
+    n_latent: int | None = None,
+    *,
+    n_steps: int = 8,
+    assumptions: Sequence[Assumption] = (),
+    measurement: str | None = None,
+    batch_effect: str | pd.DataFrame = "constant",
+    n_hidden: int = 128,
+    field: nn.Module | None = None,
+    seed: int = 0,
+) -> CellModel:
+    """A neural SDE for systems that differentiate: the push and decay of `node`, and noise on the way (C.1; `NeuralSDE`).
+
+    Cells alike at rest may then end in different branches; `branch_shares` says how many of each condition do. Each wait takes ``n_steps``
+    steps; their noise is part of the rest state that the encoder finds for a cell, ``n_steps`` · ``n_latent`` numbers for each wait of the
+    longest protocol. The other arguments are those of `node`.
+
+    Raises ValueError for continuous values, which have no cells to differ, and where `UneditedStable` is declared: the noise moves
+    unedited cells as well.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> pb.fit(pb.neural_sde(screen, n_latent=2, n_steps=4), screen, epochs=2, progress=False).model.transition.noise_shape
+    (1, 4, 2)
+    """
+    if screen.values == "continuous":
+        raise ValueError("neural_sde is about how cells differ, and a row of continuous values is a mean of cells: use node.")
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"n_steps must be a whole number of at least 1, and without noise it is node; got {n_steps!r}.")
+    if any(isinstance(a, UneditedStable) for a in assumptions):
+        raise ValueError("UneditedStable says that unedited cells stay as they are, and the noise of neural_sde moves them: leave one out.")
+    n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
+    return make(
+        screen,
+        "neural_sde",
+        {"n_steps": n_steps, "n_waits": max(1, n_waits)},
+        n_latent=n_latent,
+        assumptions=assumptions,
+        measurement=measurement,
+        batch_effect=batch_effect,
+        n_hidden=n_hidden,
+        field=field,
         seed=seed,
     )
