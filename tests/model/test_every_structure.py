@@ -69,7 +69,9 @@ def test_waits_add_up_where_the_structure_says_so(fit: pb.Fit) -> None:
         pytest.skip("waits of an SDE compose in law: see test_neural_sde")
     z, sites = torch.randn(5, 2), centre(fit.model, fit.guide)
     with torch.no_grad():
-        at_once, in_two = (fit.model.moved(sites, z, [s[torch.zeros(5, dtype=torch.long)] for s in waits(*times)]) for times in ((1.5,), (1.0, 0.5)))
+        at_once, in_two = (
+            fit.model.moved(sites, z, [s[torch.zeros(5, dtype=torch.long)] for s in waits(*times)]) for times in ((1.5,), (1.0, 0.5))
+        )
     if fit.model.transition.semigroup:
         torch.testing.assert_close(at_once.z, in_two.z, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(at_once.clock, in_two.clock)

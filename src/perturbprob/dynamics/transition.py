@@ -98,6 +98,6 @@ class Transition(nn.Module, ABC):
             )
         states = [CellState.at_rest(z0, protocol[0])]
         for k, segment in enumerate(protocol):
-            own = None if noise is None else noise.select(z0.ndim - 1, k)
-            states.append(self.wait(states[-1].marked(segment), segment.wait, effects, own))
+            own = () if noise is None else (noise.select(z0.ndim - 1, k),)
+            states.append(self.wait(states[-1].marked(segment), segment.wait, effects, *own))
         return states[1:]

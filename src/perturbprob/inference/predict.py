@@ -72,7 +72,7 @@ def predict(
     check_draws(n_draws)
     scale = _scale(fit, scale)
     _check_choices(interval, level, n_cells)
-    protocols = _protocols(fit, conditions)
+    protocols = conditions_of(fit, conditions)
     if not (batch is None or isinstance(batch, Sequence)):
         raise ValueError(f"batch= takes the name of a batch, one per condition, or None; got {batch!r}.")
     batches: list[str | None] = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
@@ -131,7 +131,7 @@ def predict_assay(
     fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
     if batch not in (None, "average", *fitted):
         raise ValueError(f"Batch {batch!r} is none whose {assay} was fitted. {nearest(str(batch), fitted)}")
-    protocols = _protocols(fit, conditions)
+    protocols = conditions_of(fit, conditions)
     if batch is None:
         _say_aliased(fit)
     _say_untested(fit)
@@ -170,7 +170,7 @@ def _check_choices(interval: str, level: float, n_cells: int | None) -> None:
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")
 
 
-def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | Action] | None) -> list[Protocol]:
+def conditions_of(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | Action] | None) -> list[Protocol]:
     """Return protocols that the model knows; a bare wait before time 0 is already refused by `Wait`."""
     if conditions is None:
         return [Protocol.parse(text) for text in fit.trained_on["conditions"]]

@@ -38,7 +38,7 @@ def save(fit: Fit, path: str | Path) -> None:
         raise ValueError(
             "This CellModel was put together by hand, so load could not build it again. Make it with a structure such as pb.node."
         )
-    kept = ("losses", "seed", "settings", "trained_on", "versions")
+    kept = ("losses", "seed", "settings", "trained_on", "versions", "seconds")
     values = {"format": FORMAT, "model": facts, "depth": asdict(fit.depth)} | {name: getattr(fit, name) for name in kept}
     torch.save({"model": model.state_dict(), "guide": fit.guide.state_dict()}, folder / "tensors.pt")
     (folder / "fit.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -59,7 +59,7 @@ def load(path: str | Path, modules: dict[str, nn.Module] | None = None) -> Fit:
         model, guide = _rebuild(values["model"], tensors, field)
         depth = values["depth"]
         means = {key: (mean, n) for key, (mean, n) in depth["means"].items()}
-        kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions")}
+        kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions", "seconds")}
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged: tensors.pt does not fit fit.json. Save the fit again. ({error})") from error
     return Fit(model=model, guide=guide, depth=DepthLaw(depth["factors"], means, tuple(depth["residual"])), **kept)
