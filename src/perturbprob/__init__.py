@@ -41,11 +41,23 @@ from perturbprob.inference import (  # noqa: E402
     projected,
     translate,
 )
-from perturbprob.model import CellModel, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable, node  # noqa: E402
+from perturbprob.model import (  # noqa: E402
+    CellModel,
+    ExchangeableBatches,
+    Lipschitz,
+    SilentInBaseline,
+    SteadyState,
+    UneditedStable,
+    neural_sde,
+    node,
+    vae,
+)
 from perturbprob.studies import (  # noqa: E402
     BatchPrior,
     baselines,
     batch_error,
+    branch_shares,
+    compare,
     decompose_batches,
     decompose_means,
     depth_effects,
@@ -84,7 +96,9 @@ __all__ = [
     "adapt",
     "baselines",
     "batch_error",
+    "branch_shares",
     "coherent_draws",
+    "compare",
     "counterfactual",
     "datasets",
     "decompose_batches",
@@ -96,6 +110,7 @@ __all__ = [
     "lipschitz_constant",
     "load",
     "log_density",
+    "neural_sde",
     "node",
     "plan_batches",
     "plots",
@@ -112,6 +127,7 @@ __all__ = [
     "split",
     "steady_states",
     "translate",
+    "vae",
 ]
 
 

@@ -181,7 +181,9 @@ def test_misuse(fit: pb.Fit, screen: pb.Screen) -> None:
         pb.predict_assay(fit, assay="proteins")
     with pytest.raises(ValueError, match="Batch 'lane9' is none whose protein was fitted"):
         pb.predict_assay(fit, assay="protein", batch="lane9")
-    with pytest.raises(ValueError, match=r"adapt estimates η of the RNA alone; what batch 'batch9' does to the assay 'protein' would stay 0"):
+    with pytest.raises(
+        ValueError, match=r"adapt estimates η of the RNA alone; what batch 'batch9' does to the assay 'protein' would stay 0"
+    ):
         pb.adapt(fit, screen, "batch9")
     with pytest.raises(ValueError, match=r"𝓕 is from RNA to RNA, .* fit the RNA alone, node\(screen.with_assays"):
         pb.projected(fit, screen.conditions[-1])

@@ -12,9 +12,10 @@ from scipy import stats
 from perturbprob.experiment.simulate import simulate
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import nodes
+from perturbprob.model.filling import CONTINUOUS, HEADS
 from perturbprob.model.guide import Guide, node_design
 from perturbprob.model.overdispersion import LEAST, Overdispersion
-from perturbprob.model.structures import CONTINUOUS, HEADS, node
+from perturbprob.model.structures import node
 
 N_CELLS, N_GENES = 60, 7
 

@@ -78,7 +78,7 @@ class NeuralODE(Transition):
         """γ, per median wait."""
         return torch.zeros(()) if self.decay_unconstrained is None else softplus(self.decay_unconstrained) + 1e-3
 
-    def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects) -> CellState:
+    def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects, noise: Tensor | None = None) -> CellState:
         """Solve the deviation over each cell's wait."""
         perturbation = (state.perturbation @ effects.perturbation).expand_as(state.z0)
         media = (state.media @ effects.media).expand_as(state.z0)

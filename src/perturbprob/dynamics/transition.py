@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from perturbprob.dynamics.solve import Solver
 from perturbprob.experiment.vocabulary import Segment
 
 
@@ -59,22 +60,44 @@ class Transition(nn.Module, ABC):
     """Whether W(s) then W(t) is W(s + t) within solver error."""
     invertible: bool = False
     """Whether it runs backward."""
+    solver: Solver | None = None
+    """What solves its waits, where they are solved by steps."""
     noise_shape: tuple[int, ...] = ()
-    """The shape, per cell, of the noise it wants; `CellModel` samples it."""
+    """The shape, per cell, of the standard normal noise it wants, the first axis one row for each wait; `CellModel` samples it."""
 
     @abstractmethod
-    def wait(self, state: CellState, time: Float[Tensor, " cell"], effects: Effects) -> CellState:
-        """Leave the cells alone for a time (eq 3), in units of the median wait. Return their new state."""
+    def wait(
+        self, state: CellState, time: Float[Tensor, " cell"], effects: Effects, noise: Float[Tensor, "*path latent"] | None = None
+    ) -> CellState:
+        """Leave the cells alone for a time (eq 3), in units of the median wait, with the ``noise`` of this wait. Return their new state."""
 
     @final
-    def forward(self, z0: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment], effects: Effects) -> CellState:
+    def forward(
+        self,
+        z0: Float[Tensor, "*plate cell latent"],
+        protocol: Sequence[Segment],
+        effects: Effects,
+        noise: Float[Tensor, "*path latent"] | None = None,
+    ) -> CellState:
         """Carry untouched cells through their protocols: for each segment P and M, then W, one batched solve."""
-        return self.course(z0, protocol, effects)[-1]
+        return self.course(z0, protocol, effects, noise)[-1]
 
     @final
-    def course(self, z0: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment], effects: Effects) -> list[CellState]:
+    def course(
+        self,
+        z0: Float[Tensor, "*plate cell latent"],
+        protocol: Sequence[Segment],
+        effects: Effects,
+        noise: Float[Tensor, "*path latent"] | None = None,
+    ) -> list[CellState]:
         """Return the state at the end of each segment of the protocols, and so on the way to the last."""
+        if self.noise_shape and len(protocol) > self.noise_shape[0]:
+            raise ValueError(
+                f"A protocol has {len(protocol)} waits, and this transition was made with noise for {self.noise_shape[0]}: the longest of "
+                "the screen. Make the model from a screen that holds such a protocol, or ask for a shorter one."
+            )
         states = [CellState.at_rest(z0, protocol[0])]
-        for segment in protocol:
-            states.append(self.wait(states[-1].marked(segment), segment.wait, effects))
+        for k, segment in enumerate(protocol):
+            own = () if noise is None else (noise.select(z0.ndim - 1, k),)
+            states.append(self.wait(states[-1].marked(segment), segment.wait, effects, *own))
         return states[1:]

@@ -2,8 +2,9 @@
 
 import copy
 import platform
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -37,7 +38,7 @@ class Fit:
 
     ``losses`` holds, per epoch, the negative ELBO per cell and gene: "train" of the whole objective, "validation" of the validation cells
     given the global sites. ``trained_on`` names cells, conditions and batches; ``depth`` is the law of the size factor. ``screen`` is the
-    training screen as long as the fit lives: it is not saved, and None after `load`.
+    training screen as long as the fit lives: it is not saved, and None after `load`. ``seconds`` is how long the training took.
     """
 
     model: CellModel
@@ -49,6 +50,7 @@ class Fit:
     depth: DepthLaw
     versions: dict[str, str]
     screen: Screen | None = None
+    seconds: float = float("nan")
 
     def __repr__(self) -> str:
         """Say in one line what was fitted."""
@@ -149,7 +151,9 @@ def fit(
     with torch.random.fork_rng():
         pyro_state = pyro.util.get_rng_state()
         try:
-            return _Training(copy.deepcopy(model), screen, settings, seed).run(progress)
+            start = time.perf_counter()
+            fitted = _Training(copy.deepcopy(model), screen, settings, seed).run(progress)
+            return replace(fitted, seconds=time.perf_counter() - start)
         except SolverError as error:
             # Pyro raises errors again with its own trace behind the message
             raise SolverError(str(error).split("\n")[0]) from None

@@ -73,7 +73,7 @@ def predict(
     check_draws(n_draws)
     scale = _scale(fit, scale)
     _check_choices(interval, level, n_cells)
-    protocols = _protocols(fit, conditions)
+    protocols = conditions_of(fit, conditions)
     if not (batch is None or isinstance(batch, Sequence)):
         raise ValueError(f"batch= takes the name of a batch, one per condition, or None; got {batch!r}.")
     batches: list[str | None] = [batch] * len(protocols) if batch is None or isinstance(batch, str) else list(batch)
@@ -137,7 +137,7 @@ def predict_assay(
     seen = fit.trained_on.get("assays", {}).get(assay, {})
     if batch not in (None, "average") and not seen.get(batch, 1):
         raise ValueError(f"No cell of batch {batch!r} has the assay {assay!r}, so what it does there was never seen. Name another.")
-    protocols = _protocols(fit, conditions)
+    protocols = conditions_of(fit, conditions)
     if batch is None:
         _say_aliased(fit)
     _say_untested(fit)
@@ -176,7 +176,7 @@ def _check_choices(interval: str, level: float, n_cells: int | None) -> None:
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")
 
 
-def _protocols(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | Action] | None) -> list[Protocol]:
+def conditions_of(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | Action] | None) -> list[Protocol]:
     """Return protocols that the model knows; a bare wait before time 0 is already refused by `Wait`."""
     if conditions is None:
         return [Protocol.parse(text) for text in fit.trained_on["conditions"]]
@@ -312,7 +312,7 @@ class Expectation:
         self.new = len(names.batches)
         codes = [-1 if b is None else self.new if b == "new" else names.batch_code(b) for b in batches]
         self.batch = torch.tensor(codes, device=device)
-        points = SobolEngine(fit.model.n_latent + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
+        points = SobolEngine(fit.model.n_rest + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
         self.z = fit.model.rest_points(points[:, 1:].to(device))
         depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
         ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]

@@ -16,8 +16,8 @@ from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.fit import Fit
 from perturbprob.model.assumptions import Bound
 from perturbprob.model.condition_effect import Node
+from perturbprob.model.filling import fill
 from perturbprob.model.guide import Guide
-from perturbprob.model.structures import fill
 
 FORMAT = 1
 """The version of the folder's layout; a later package reads every earlier one."""
@@ -32,13 +32,13 @@ def save(fit: Fit, path: str | Path) -> None:
         "vocabulary": model.vocabulary.to_json(),
         "nodes": [[list(n.term), n.time] for n in model.condition_effect.nodes],
         "recipe": model.recipe,
-        "solver_steps": model.transition.solver.n_steps,
+        "solver_steps": None if model.transition.solver is None else model.transition.solver.n_steps,
     }
     if not model.recipe:
         raise ValueError(
             "This CellModel was put together by hand, so load could not build it again. Make it with a structure such as pb.node."
         )
-    kept = ("losses", "seed", "settings", "trained_on", "versions")
+    kept = ("losses", "seed", "settings", "trained_on", "versions", "seconds")
     values = {"format": FORMAT, "model": facts, "depth": asdict(fit.depth)} | {name: getattr(fit, name) for name in kept}
     torch.save({"model": model.state_dict(), "guide": fit.guide.state_dict()}, folder / "tensors.pt")
     (folder / "fit.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -59,7 +59,7 @@ def load(path: str | Path, modules: dict[str, nn.Module] | None = None) -> Fit:
         model, guide = _rebuild(values["model"], tensors, field)
         depth = values["depth"]
         means = {key: (mean, n) for key, (mean, n) in depth["means"].items()}
-        kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions")}
+        kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions", "seconds")}
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged: tensors.pt does not fit fit.json. Save the fit again. ({error})") from error
     return Fit(model=model, guide=guide, depth=DepthLaw(depth["factors"], means, tuple(depth["residual"])), **kept)
@@ -123,11 +123,12 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a screen of one batch means was said when the model was made
-        model = fill(parts, facts["recipe"]["arguments"], field)
+        model = fill(facts["recipe"]["structure"], parts, facts["recipe"]["arguments"], field)
     guide = Guide(model, tensors["guide"]["node_design"], encodes=any(name.startswith("encoder.") for name in tensors["guide"]))
     model.load_state_dict(state)
     guide.load_state_dict(tensors["guide"])
-    model.transition.solver.n_steps = facts["solver_steps"]
+    if model.transition.solver is not None:
+        model.transition.solver.n_steps = facts["solver_steps"]
     for module in (model, guide):
         module.eval().requires_grad_(False)
     return model, guide

@@ -3,7 +3,7 @@
 from perturbprob.model.assumptions import Assumption, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.guide import Guide
-from perturbprob.model.structures import node
+from perturbprob.model.structures import neural_sde, node, vae
 
 __all__ = [
     "Assumption",
@@ -14,5 +14,7 @@ __all__ = [
     "SilentInBaseline",
     "SteadyState",
     "UneditedStable",
+    "neural_sde",
     "node",
+    "vae",
 ]

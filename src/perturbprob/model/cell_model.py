@@ -1,5 +1,6 @@
 """The generative story of a screen: η, P, M, W, V, in that order."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -20,6 +21,7 @@ from perturbprob.measurement.decoder import Decoder, Identity
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
+from perturbprob.model.mark_effect import MarkEffect
 
 if TYPE_CHECKING:
     from perturbprob.model.assumptions import Bound
@@ -30,7 +32,8 @@ class CellModel(PyroModule):
     """A screen as the paper tells it: cells at rest X are perturbed, their media changed, left alone, and measured.
 
     Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
-    ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state.
+    ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state, ``mark_effect``
+    what perturbations and media add to the push.
     ``assays`` see the same state beside RNA, by name, any subset in each cell.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
     ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
@@ -46,6 +49,7 @@ class CellModel(PyroModule):
         measurement: CountHead | Normal,
         batch_effect: BatchEffect,
         condition_effect: ConditionEffect,
+        mark_effect: MarkEffect,
         *,
         n_latent: int,
         n_hidden: int = 128,
@@ -60,7 +64,7 @@ class CellModel(PyroModule):
         super().__init__()
         self.vocabulary, self.recipe = vocabulary, recipe or {}
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
-        self.batch_effect, self.condition_effect = batch_effect, condition_effect
+        self.batch_effect, self.condition_effect, self.mark_effect = batch_effect, condition_effect, mark_effect
         self.assays = cast("dict[str, AssayHead]", nn.ModuleDict(assays or {}))
         own = {name: ConditionEffect(condition_effect.nodes, len(head.features), name) for name, head in self.assays.items()}
         self.assay_effects = cast("dict[str, ConditionEffect]", nn.ModuleDict(own))
@@ -75,6 +79,11 @@ class CellModel(PyroModule):
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
         self.register_buffer("start", start)
+
+    @property
+    def n_rest(self) -> int:
+        """How many numbers make a cell at rest: its state z₀, and the noise that its transition wants."""
+        return self.n_latent + (math.prod(self.transition.noise_shape) if self.transition.noise_shape else 0)
 
     def forward(self, cells: Cells) -> None:
         """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
@@ -98,37 +107,28 @@ class CellModel(PyroModule):
         own = {name: value for part in (*self.assays.values(), *self.assumptions) for name, value in part.globals().items()}
         for effect in (self.condition_effect, *self.assay_effects.values()):
             own |= effect()
-        return {**eta, "gene_bias": bias, **self.effects(), **measurement, **own}
-
-    def effects(self) -> dict[str, Tensor]:
-        """Sample what each perturbation and media adds to the push, with a scale per perturbation."""
-        sites = {}
-        for kind, names in (("perturbation", self.vocabulary.perturbations), ("media", self.vocabulary.media)):
-            zero = self.log_share.new_zeros(len(names))
-            if len(names):
-                scale = pyro.sample(f"{kind}_scale", dist.LogNormal(zero - 0.7, 0.7).to_event(1))
-                law = dist.Normal(zero[:, None].expand(-1, self.n_latent), scale[:, None])
-                sites[f"{kind}_effect"] = pyro.sample(f"{kind}_effect", law.to_event(2))
-        return sites
+        return {**eta, "gene_bias": bias, **self.mark_effect(), **measurement, **own}
 
     def at_rest(self, n_cells: int) -> dist.Distribution:
-        """Return the law of z₀ for each cell: Normal(0, I), or the known start."""
+        """Return the law of z₀ for each cell, and of the noise of its way behind it: Normal(0, I), or the known start."""
         if self.start is not None:
             return dist.Delta(self.start.expand(n_cells, -1), event_dim=1)
-        return dist.Normal(self.log_share.new_zeros(n_cells, self.n_latent), 1.0).to_event(1)
+        return dist.Normal(self.log_share.new_zeros(n_cells, self.n_rest), 1.0).to_event(1)
 
-    def rest_points(self, uniform: Float[Tensor, "point latent"]) -> Float[Tensor, "point latent"]:
+    def rest_points(self, uniform: Float[Tensor, "point rest"]) -> Float[Tensor, "point rest"]:
         """Turn uniform points into rest states of the law `at_rest`."""
         return torch.special.ndtri(uniform) if self.start is None else self.start.expand_as(uniform)
 
-    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> CellState:
+    def moved(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell rest"], protocol: Sequence[Segment]) -> CellState:
         """Carry cells at rest through their protocols."""
         return self.course(sites, z, protocol)[-1]
 
-    def course(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell latent"], protocol: Sequence[Segment]) -> list[CellState]:
+    def course(self, sites: dict[str, Tensor], z: Float[Tensor, "*plate cell rest"], protocol: Sequence[Segment]) -> list[CellState]:
         """Carry cells at rest through their protocols; return the state at the end of each segment."""
         try:
-            return self.transition.course(z, protocol, self.pushes(sites))
+            shape = self.transition.noise_shape
+            noise = z[..., self.n_latent :].unflatten(-1, shape) if shape else None
+            return self.transition.course(z[..., : self.n_latent], protocol, self.pushes(sites), noise)
         except SolverError as error:
             worst = self._described(protocol, error.cell) if error.cell >= 0 else "not known"
             advice = "Wait no longer than was measured, lower learning_rate, or give a smoother field."

@@ -1,41 +1,14 @@
 """Structures: named fillings of `CellModel`'s slots."""
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
-from perturbprob.dynamics.solve import Solver
-from perturbprob.experiment.action import Protocol
-from perturbprob.experiment.assays import Assay
-from perturbprob.experiment.screen import Screen, require_screen
-from perturbprob.experiment.vocabulary import Vocabulary
-from perturbprob.measurement.assays import AssayHead, OpenWindowHead, ProteinHead, WindowHead
-from perturbprob.measurement.batch_effect import BatchEffect
-from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from perturbprob.measurement.decoder import Decoder, Identity
-from perturbprob.measurement.normal import Normal
-from perturbprob.model.assumptions import Assumption, Bound, UneditedStable, bind, check_connected
+from perturbprob.experiment.screen import Screen
+from perturbprob.model.assumptions import Assumption, UneditedStable
 from perturbprob.model.cell_model import CellModel
-from perturbprob.model.condition_effect import ConditionEffect, nodes
-
-HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
-    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
-    "negative_binomial": NegativeBinomial,
-    "poisson": Poisson,
-    "normal": Normal,
-    "known_noise": partial(Normal, learnt=False),
-}
-ASSAYS: dict[str, Callable[..., AssayHead]] = {"protein": ProteinHead, "chromatin": WindowHead, "open": OpenWindowHead}
-CONTINUOUS = ("normal", "known_noise")
-BATCH_EFFECTS = ("constant", "state")
+from perturbprob.model.filling import SHIFTS, make
 
 
 def node(
@@ -68,153 +41,105 @@ def node(
     time, in baseline media where there is one, and there is no decoder. ``measurement`` is then "normal" (known standard errors
     and learnt noise, the default) or "known_noise".
     """
-    require_screen(screen, partial=True)
-    if screen.values == "continuous" and n_latent not in (None, screen.n_genes):
-        raise ValueError(f"Continuous values are modelled in gene space, one latent axis for each gene: leave n_latent={n_latent} out.")
-    n_latent = 10 if n_latent is None else n_latent
-    for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
-    arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
-    facts = _facts(screen) | {"assumptions": bind(assumptions, screen.with_rna)}
-    check_connected(screen, assumptions)
-    arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden, "solver": solver}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = fill(facts, arguments, field)
-    model.recipe["seed"] = seed
-    return model
-
-
-def _batch_effect(screen: Screen, form: str | pd.DataFrame) -> str | dict[str, Any]:
-    """Return the form of the batch effects as JSON can hold it: a word, or the covariates of each batch."""
-    if isinstance(form, str):
-        if form not in BATCH_EFFECTS:
-            raise ValueError(f"Unknown batch_effect {form!r}. Use {', '.join(map(repr, BATCH_EFFECTS))}, or a table of covariates.")
-        return form
-    if not isinstance(form, pd.DataFrame):
-        raise TypeError(f"batch_effect= is a word or a table (DataFrame) of covariates of the batches; got {type(form).__name__}.")
-    table = form.set_axis(form.index.map(str)).rename(columns=str)
-    if not table.shape[1]:
-        raise ValueError("The table of covariates has no column. Leave it out, or give at least one covariate of the batches.")
-    for what, names in (("row", table.index), ("column", table.columns)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise ValueError(
-                f"The table of covariates has {int((names == twice).sum())} {what}s named {twice!r}: give one row for each batch and one "
-                "column for each covariate. Columns of cells are averaged by obs.groupby(batch).mean()."
-            )
-    if missing := [b for b in screen.batches if b not in table.index]:
-        raise ValueError(f"The table of covariates has no row for {', '.join(map(repr, missing[:3]))}: its index names the batches.")
-    if not all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes):
-        raise ValueError(f"Covariates of batches are numbers; the columns hold {', '.join(map(str, table.dtypes))}.")
-    table = table.loc[list(screen.batches)].astype(float)
-    if unknown := table.index[~np.isfinite(table).all(axis=1)].tolist():
-        raise ValueError(f"The covariates of batch {unknown[0]!r} are not all finite. Fill them in, or leave that column out.")
-    return table.to_dict()
-
-
-def _measurement(screen: Screen, name: str | None) -> str:
-    """Return the name of a measurement that fits the values of the screen."""
-    known = CONTINUOUS if screen.values == "continuous" else tuple(name for name in HEADS if name not in CONTINUOUS)
-    if name is None:
-        return known[0]
-    if name not in HEADS:
-        raise ValueError(f"Unknown measurement {name!r}. Use one of {', '.join(map(repr, HEADS))}.")
-    if name not in known:
-        raise ValueError(f"measurement={name!r} does not fit {screen.values}. Use one of {', '.join(map(repr, known))}.")
-    if name == "known_noise" and (screen.standard_error is None or not (screen.standard_error > 0).all()):
-        raise ValueError("measurement='known_noise' needs a standard error above 0 for every value. Use 'normal': it learns the rest.")
-    return name
-
-
-def _facts(screen: Screen) -> dict[str, Any]:
-    """Return what a structure needs to know of a screen."""
-    vocabulary = Vocabulary.of(screen)
-    facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
-    facts |= {"groups": screen.batch_groups.tolist(), "adapted": 0, "assays": {n: _assay(screen, a) for n, a in screen.assays.items()}}
-    facts["levels"] = {name: torch.as_tensor(assay.level, dtype=torch.float32) for name, assay in screen.assays.items()}
-    if screen.values == "continuous":
-        return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
-    totals = np.asarray(screen.with_rna.counts.sum(0)).ravel() + 0.5
-    facts["nodes"] = sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)})
-    return facts | {"log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32)}
-
-
-def _start(screen: Screen) -> Float[Tensor, " gene"]:
-    """Return the mean of control at its first time, in baseline media where there is one; of all rows without control."""
-    first = min(range(len(screen.conditions)), key=lambda k: _order(screen.conditions[k]))
-    return torch.as_tensor(np.asarray(screen.counts[screen.condition == first].mean(0)).ravel(), dtype=torch.float32)
-
-
-def _order(protocol: Protocol) -> tuple[bool, str, float]:
-    """Sort control in baseline media at its first time to the front."""
-    return bool(protocol.perturbations), protocol.media or "", protocol.time
-
-
-def _batches(facts: dict[str, Any], form: str | dict[str, Any], n_latent: int) -> BatchEffect:
-    """Make the batch effects in one of their forms."""
-    vocabulary, how = facts["vocabulary"], dict[str, Any]()
-    if form == "state":
-        how = {"n_media": len(vocabulary.media), "n_latent": n_latent if facts["start"] is None else 0}
-    elif isinstance(form, dict):
-        how = {"covariates": torch.tensor([[column[b] for column in form.values()] for b in vocabulary.batches])}
-    effect = BatchEffect(len(vocabulary.batches) - facts["adapted"], facts["log_share"].exp(), groups=facts["groups"], **how)
-    effect.adapted = facts["adapted"]
-    return effect
-
-
-def _assay(screen: Screen, assay: Assay) -> dict[str, Any]:
-    """Return what a head must know of an assay, as JSON can hold it; refuse one that no cell has."""
-    if not assay.present.any():
-        raise ValueError(
-            f"No cell of this screen has the assay of {len(assay.features):,} features such as {assay.features[0]!r}: nothing "
-            "can be learnt of it. Leave it out with screen.with_assays."
-        )
-    place = {gene: k for k, gene in enumerate(screen.genes)}
-    genes = [-1 if gene is None else place[gene] for gene in assay.genes]
-    return {"kind": "open" if assay.binary else assay.kind, "features": list(assay.features), "genes": genes}
-
-
-def _heads(facts: dict[str, Any], n_latent: int, n_hidden: int) -> dict[str, AssayHead]:
-    """Make the heads of further assays."""
-    n_batches, heads = len(facts["vocabulary"].batches) - facts["adapted"], {}
-    for name, assay in facts["assays"].items():
-        level = facts["levels"][name]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what one batch means is said of RNA
-            effect = BatchEffect(n_batches, level / level.sum(), groups=facts["groups"])
-        known = (name, assay["features"], level, assay["genes"], facts["log_share"], effect)
-        heads[name] = ASSAYS[assay["kind"]](*known, n_latent=n_latent, n_hidden=n_hidden)
-    return heads
-
-
-def fill(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
-    """Fill the slots from the facts of a screen and the arguments of `node`."""
-    vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
-    n_genes, start = len(vocabulary.genes), facts["start"]
-    bound: list[Bound] = facts["assumptions"]
-    moving = Stable(field or Push(n_latent)) if any(isinstance(b.assumption, UneditedStable) for b in bound) else field
-    return CellModel(
-        vocabulary,
-        NeuralODE(n_latent, field=moving, solver=Solver(arguments["solver"])),
-        Decoder(n_latent, n_genes, n_hidden=n_hidden) if start is None else Identity(),
-        HEADS[arguments["measurement"]](n_genes),
-        _batches(facts, arguments["batch_effect"], n_latent),
-        ConditionEffect(facts["nodes"], n_genes),
+    return make(
+        screen,
+        "node",
+        {"solver": solver},
         n_latent=n_latent,
+        assumptions=assumptions,
+        measurement=measurement,
+        batch_effect=batch_effect,
         n_hidden=n_hidden,
-        log_share=facts["log_share"],
-        log_depth=facts["log_depth"],
-        start=start,
-        assumptions=bound,
-        assays=_heads(facts, n_latent, n_hidden),
-        recipe={
-            "structure": "node",
-            "arguments": arguments,
-            "assumptions": [b.to_json() for b in bound],
-            "groups": facts["groups"],
-            **({"assays": facts["assays"]} if facts["assays"] else {}),
-            "field": None if field is None else type(field).__qualname__,
-        },
+        field=field,
+        seed=seed,
+    )
+
+
+def vae(
+    screen: Screen,
+    n_latent: int | None = None,
+    *,
+    shift: str | nn.Module = "additive",
+    assumptions: Sequence[Assumption] = (),
+    measurement: str | None = None,
+    batch_effect: str | pd.DataFrame = "constant",
+    n_hidden: int = 128,
+    seed: int = 0,
+) -> CellModel:
+    """A variational autoencoder in the same frame: a function L(z, p, m, t) in place of waiting (eqs 26-28, D.1).
+
+    L(z₀, p, m, t) = z₀ + (1 − e^(−κ t)) ⊙ shift. ``shift`` is "additive", the sum of an effect for each perturbation and media; "network",
+    a network of these, the state and the time; "sparse", additive with a gate for each perturbation and latent axis (a relaxed spike and
+    slab), whose posterior ``perturbation_gate`` says which axes a perturbation acts on; "identity", L(z) = z, which maps each cell onto
+    itself and knows no effect but those on single genes; or a module ``shift(z, perturbation, media, clock)``. L has no semigroup law:
+    it reads what was done and how long ago it began, not when (see `LatentShift`), so assumptions about waiting on, such as
+    `SteadyState`, are refused. The other arguments are those of `node`, and so is everything but the waiting.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.vae(screen, n_latent=2, shift="sparse"), screen, epochs=2, progress=False)
+    >>> dict(pb.posterior(fit, 5).posterior["perturbation_gate"].sizes)
+    {'chain': 1, 'draw': 5, 'perturbation': 2, 'latent': 2}
+    """
+    if not isinstance(shift, nn.Module) and shift not in SHIFTS:
+        raise ValueError(f"Unknown shift {shift!r}. Use one of {', '.join(map(repr, SHIFTS))}, or a module.")
+    custom = shift if isinstance(shift, nn.Module) else None
+    return make(
+        screen,
+        "vae",
+        {"shift": "custom" if custom is not None else shift},
+        n_latent=n_latent,
+        assumptions=assumptions,
+        measurement=measurement,
+        batch_effect=batch_effect,
+        n_hidden=n_hidden,
+        field=custom,
+        seed=seed,
+    )
+
+
+def neural_sde(
+    screen: Screen,
+    n_latent: int | None = None,
+    *,
+    n_steps: int = 8,
+    assumptions: Sequence[Assumption] = (),
+    measurement: str | None = None,
+    batch_effect: str | pd.DataFrame = "constant",
+    n_hidden: int = 128,
+    field: nn.Module | None = None,
+    seed: int = 0,
+) -> CellModel:
+    """A neural SDE for systems that differentiate: the push and decay of `node`, and noise on the way (C.1; `NeuralSDE`).
+
+    Cells alike at rest may then end in different branches; `branch_shares` says how many of each condition do. Each wait takes ``n_steps``
+    steps; their noise is part of the rest state that the encoder finds for a cell, ``n_steps`` · ``n_latent`` numbers for each wait of the
+    longest protocol. The other arguments are those of `node`.
+
+    Raises ValueError for continuous values, which have no cells to differ, and where `UneditedStable` is declared: the noise moves
+    unedited cells as well.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> pb.fit(pb.neural_sde(screen, n_latent=2, n_steps=4), screen, epochs=2, progress=False).model.transition.noise_shape
+    (1, 4, 2)
+    """
+    if screen.values == "continuous":
+        raise ValueError("neural_sde is about how cells differ, and a row of continuous values is a mean of cells: use node.")
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"n_steps must be a whole number of at least 1, and without noise it is node; got {n_steps!r}.")
+    if any(isinstance(a, UneditedStable) for a in assumptions):
+        raise ValueError("UneditedStable says that unedited cells stay as they are, and the noise of neural_sde moves them: leave one out.")
+    n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
+    return make(
+        screen,
+        "neural_sde",
+        {"n_steps": n_steps, "n_waits": max(1, n_waits)},
+        n_latent=n_latent,
+        assumptions=assumptions,
+        measurement=measurement,
+        batch_effect=batch_effect,
+        n_hidden=n_hidden,
+        field=field,
+        seed=seed,
     )

@@ -4,6 +4,8 @@ from perturbprob.studies import baselines
 from perturbprob.studies.batch_decomposition import decompose_batches
 from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
+from perturbprob.studies.branches import branch_shares
+from perturbprob.studies.comparison import compare
 from perturbprob.studies.depth_effects import depth_effects
 from perturbprob.studies.layout_error import BatchPrior
 from perturbprob.studies.mean_decomposition import decompose_means
@@ -16,6 +18,8 @@ __all__ = [
     "BatchPrior",
     "baselines",
     "batch_error",
+    "branch_shares",
+    "compare",
     "decompose_batches",
     "decompose_means",
     "depth_effects",

@@ -1,0 +1,70 @@
+"""What each perturbation and each media adds to the push on the latent state: shrunken, or sparse."""
+
+from abc import abstractmethod
+from typing import final
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from perturbprob.experiment.vocabulary import Vocabulary
+
+TEMPERATURE = 0.5
+"""How far gates are from being 0 or 1: at 0.5 two thirds of a gate's prior with even odds is outside 0.2 to 0.8."""
+
+
+class MarkEffect(PyroModule):
+    """The effects e_p of perturbations and e_m of media, sites ``perturbation_effect`` and ``media_effect``, (name, latent).
+
+    Each has a scale of its own, log s ~ Normal(−0.7, 0.7). Abstract: `ShrunkEffect` or `SparseEffect` gives the effects of one kind.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, n_latent: int) -> None:
+        """Count the names of each kind."""
+        super().__init__()
+        self.numbers = {"perturbation": len(vocabulary.perturbations), "media": len(vocabulary.media)}
+        self.n_latent = n_latent
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Sample the effects of each kind, above the cell plate."""
+        sites: dict[str, Tensor] = {}
+        for kind, n in self.numbers.items():
+            if n:
+                scale = pyro.sample(f"{kind}_scale", dist.LogNormal(self.zero.expand(n) - 0.7, 0.7).to_event(1))
+                sites |= self.effects(kind, scale[:, None].expand(-1, self.n_latent))
+        return sites
+
+    @abstractmethod
+    def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:
+        """Sample the effects of one kind, given their scale (name, latent)."""
+
+
+@final
+class ShrunkEffect(MarkEffect):
+    """e ~ Normal(0, s²) on every latent axis."""
+
+    def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:
+        """Sample them."""
+        name = f"{kind}_effect"
+        return {name: pyro.sample(name, dist.Normal(torch.zeros_like(scale), scale).to_event(2))}
+
+
+@final
+class SparseEffect(MarkEffect):
+    """e = gate · slab: each perturbation shifts few axes (sparse additive mechanism shifts; relaxed spike and slab).
+
+    slab ~ Normal(0, s²); gate = sigmoid(u), u ~ Logistic(logit π / λ, 1 / λ), which is a relaxed Bernoulli(π) at temperature λ = 0.5;
+    π ~ Beta(1, 4) for each kind. The posterior of a gate says how probably a mark acts on an axis.
+    """
+
+    def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:
+        """Sample gates and slabs, and return their product."""
+        share = pyro.sample(f"{kind}_inclusion", dist.Beta(self.zero + 1.0, self.zero + 4.0))
+        law = dist.Logistic((torch.logit(share) / TEMPERATURE).expand(scale.shape), 1 / TEMPERATURE)
+        gate = torch.sigmoid(pyro.sample(f"{kind}_gate_logit", law.to_event(2)))
+        slab = pyro.sample(f"{kind}_slab", dist.Normal(torch.zeros_like(scale), scale).to_event(2))
+        found = {f"{kind}_gate": gate, f"{kind}_effect": gate * slab}
+        return {name: pyro.deterministic(name, value, event_dim=2) for name, value in found.items()}

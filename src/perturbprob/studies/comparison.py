@@ -1,0 +1,115 @@
+"""Several fits on one score sheet: the same cells, the same questions, paired."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from perturbprob.experiment.moments import membership
+from perturbprob.experiment.screen import require_screen
+from perturbprob.inference.density import log_density
+from perturbprob.inference.draws import require_fit
+from perturbprob.inference.predict import predict
+from perturbprob.studies.predictive_check import predictive_check
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.inference.fit import Fit
+
+
+def compare(
+    fits: Mapping[str, "Fit"],
+    test: "Screen",
+    *,
+    particles: int = 100,
+    n_draws: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return a table of fits, the best first, scored on the cells of a test screen; like ArviZ's compare, on held-out cells.
+
+    - ``log_density``: `log_density`, mean over cells, per count, in nats; rows are in its order.
+    - ``difference``, ``standard_error``: how far below the best, and of that difference. Cells of one condition share its prediction,
+      so conditions are what is drawn at random where there are at least two: the error is that of a ratio of sums over conditions.
+    - ``conditions_better``: the share of conditions whose cells it gives more density than the best does.
+    - ``error``: mean square over conditions and genes of predicted minus observed mean of log(1 + count), cells in their own batch;
+      NaN for continuous values.
+    - ``coverage``: the share of conditions and genes whose observed mean lies inside the central 90 % of screens replicated from rest.
+    - ``parameters``: numbers trained, of model and guide; ``seconds``: how long that took.
+
+    Raises ValueError for fewer than two fits, for fits of different genes, and for a test cell that a fit was trained on: a fit that saw
+    the answer cannot be compared. A fit by ``objective="paths"`` of counts has no density, and is refused too.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=300, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> train, test = pb.split.hold_out_cells(screen, 0.2)
+    >>> fits = {"node": pb.fit(pb.node(train, 2), train, epochs=2, progress=False),
+    ...         "vae": pb.fit(pb.vae(train, 2), train, epochs=2, progress=False)}
+    >>> pb.compare(fits, test, particles=5, n_draws=2, progress=False).columns[:3].tolist()
+    ['log_density', 'difference', 'standard_error']
+    """
+    _check(fits, test)
+    how: dict[str, Any] = {"n_draws": n_draws, "seed": seed, "progress": progress}
+    density = {name: log_density(fit, test, particles, **how).values / test.n_genes for name, fit in fits.items()}
+    order = sorted(density, key=lambda name: -density[name].mean())
+    rows = []
+    for name in order:
+        fit, behind = fits[name], density[name] - density[order[0]]
+        check = predictive_check(fit, test, **how).condition["tail_probability"].sel(statistic="mean")
+        rows.append(
+            {
+                "log_density": density[name].mean(),
+                "difference": behind.mean(),
+                "standard_error": 0.0 if name == order[0] else _standard_error(behind, test.condition),
+                "conditions_better": float((_sums(behind, test.condition) > 0).mean()),
+                "error": _error(fit, test, how) if test.values == "counts" else np.nan,
+                "coverage": float(((check >= 0.05) & (check <= 0.95)).mean()),
+                "parameters": sum(p.numel() for module in (fit.model, fit.guide) for p in module.parameters()),
+                "seconds": fit.seconds,
+            }
+        )
+    return pd.DataFrame(rows, index=pd.Index(order, name="fit"))
+
+
+def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
+    """Refuse what cannot be compared."""
+    require_screen(test)
+    if not isinstance(fits, Mapping):
+        raise TypeError(f"compare takes named fits, as in {{'node': fit1, 'vae': fit2}}; got {type(fits).__name__}.")
+    if len(fits) < 2:
+        raise ValueError(f"compare needs two fits or more; got {len(fits)}.")
+    cells = set(map(str, test.cells))
+    for name, fit in fits.items():
+        require_fit(fit)
+        if fit.settings["objective"] == "paths" and fit.model.start is None:
+            raise ValueError(f"{name!r} was fitted by objective='paths' and has no density of a cell: compare fits by the ELBO.")
+        if seen := cells.intersection(fit.trained_on["cells"]):
+            raise ValueError(
+                f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {sorted(seen)[0]!r}: give cells that no "
+                "fit has seen, as split.hold_out_cells or split.hold_out_time makes them."
+            )
+
+
+def _sums(values: Float[np.ndarray, " cell"], condition: np.ndarray) -> Float[np.ndarray, " condition"]:
+    """Add values up over the cells of each condition."""
+    return np.bincount(condition, values)
+
+
+def _standard_error(values: Float[np.ndarray, " cell"], condition: np.ndarray) -> float:
+    """Return the standard error of a mean over cells, conditions being drawn; cells, where there is one condition."""
+    left = values - values.mean()
+    parts = left if condition.max() == 0 else _sums(left, condition)
+    return float(np.sqrt(np.square(parts).sum() * len(parts) / max(1, len(parts) - 1)) / len(values))
+
+
+def _error(fit: "Fit", test: "Screen", how: dict[str, Any]) -> float:
+    """Return the mean square error of the mean of log(1 + count) over conditions and genes, cells in their own batch."""
+    pairs, pair = np.unique(test.condition * len(test.batches) + test.batch, return_inverse=True)
+    condition, cells = pairs // len(test.batches), np.bincount(pair)
+    batches = [test.batches[b] for b in pairs % len(test.batches)]
+    found = predict(fit, [test.conditions[c] for c in condition], batch=batches, scale="log1p", **how)["mean"].values
+    expected = membership(condition, len(test.conditions)) @ (cells[:, None] * found)
+    observed = (membership(test.condition, len(test.conditions)) @ test.counts.log1p()).toarray()
+    return float(np.square((expected - observed) / np.bincount(test.condition)[:, None]).mean())
