@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.screen import Screen, require_screen
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded
 from perturbprob.inference.predict import Expectation
 from perturbprob.model.cells import CellTable, require_genes
 from perturbprob.model.guide import Guide
@@ -48,7 +48,7 @@ def adapt(fit: "Fit", cells: Screen, batch: str, *, n_draws: int = 50, seed: int
     >>> again.model.vocabulary.batches
     ('batch1', 'batch2', 'batch3')
     """
-    require_fit(fit)
+    require_posterior(fit, "New batches are known")
     require_screen(cells)
     check_draws(n_draws)
     _check(fit, cells, batch)

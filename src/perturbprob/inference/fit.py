@@ -328,5 +328,6 @@ def trained_on(screen: Screen) -> dict[str, Any]:
         name: dict(zip(screen.batches, np.bincount(screen.batch, assay.present, len(screen.batches)).astype(int).tolist(), strict=True))
         for name, assay in screen.assays.items()
     }
-    seen = {"conditions": conditions, "confounded": confounded, "assays": assays}
+    aliased = [list(names) for names in dict.fromkeys(tuple(alias.levels) for alias in screen.layout.aliases())]
+    seen = {"conditions": conditions, "confounded": confounded, "aliased": aliased, "assays": assays}
     return {"cells": list(map(str, screen.cells)), "columns": screen.columns} | seen

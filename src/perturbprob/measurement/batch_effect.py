@@ -178,17 +178,31 @@ class BatchEffect(PyroModule):
                 eta = eta + read[..., k, None] * _rows(part, batch)
         return eta
 
+    def spread(self, sites: dict[str, Tensor]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return the variance, over τ², of a batch of a screen never seen and of the mean η̄ of all fitted, which nothing tells of.
+
+        1 and 1/B. Where B batches are nested in screens of n each, the columns between screens are r times as wide: a screen has
+        variance τ² (r² − 1) / n of its own, so a new one has 1 + (r² − 1) / n, and the mean r² / B.
+        """
+        square = sites["batch_screen_ratio"].square() if "batch_screen_ratio" in sites else self.share.new_tensor(1.0)
+        n_screens = 1 + int((self.between > 0).sum())
+        return 1 + (square - 1) * n_screens / self.n_batches, square / self.n_batches
+
     def with_new(self, sites: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parts of η with a batch never seen behind the others, a draw from N(0, τ_g²) and the like."""
+        """Return the parts of η with a batch never seen behind the others.
+
+        η is relative to the average of the fitted batches, so the new one has the variance of a batch of its own and of that average
+        (`spread`): τ_g² (1 + 1/B), and the like for what depends on media and state.
+        """
         if "batch_scale" not in sites:
             return sites | {"batch_effect": torch.nn.functional.pad(sites["batch_effect"], (0, 0, 0, 1))}
-        row = torch.randn_like(self.share) * sites["batch_scale"]
+        row = torch.randn_like(self.share) * sites["batch_scale"] * sum(self.spread(sites)) ** 0.5
         longer = {"batch_effect": torch.cat([sites["batch_effect"], self.centred(row)[None]])}
         for name, scale in (("batch_media_effect", "batch_media_scale"), ("batch_state_effect", "batch_state_scale")):
             if name in sites:
                 known = sites[name]
                 width = sites[scale] if scale == "batch_media_scale" else sites[scale][:, None]
-                row = self.centred(torch.randn_like(known[:, 0]) * width)
+                row = self.centred(torch.randn_like(known[:, 0]) * width) * (1 + 1 / self.n_batches) ** 0.5
                 longer[name] = torch.cat([known, row[:, None]], 1)
         return sites | longer
 

@@ -51,14 +51,13 @@ class BatchError:
             for words, value in (("error that batches leave", self.total()), ("upper bound, eq 22 as printed", self.total("bound")))
         ]
         lines.append(f"  of it no layout of these batches removes {np.sqrt(float(mean['irreducible'].mean())):.3f}")
-        by_batch = (
-            mean["pair"].mean(("condition", "batch_from")) + mean["pair"].mean(("condition", "batch")).rename(batch_from="batch")
-        ) / 2
-        for what, values in (("batches", by_batch), ("conditions", mean["bound"])):
+        measured, started = mean["pair"].mean(("condition", "batch_from")), mean["pair"].mean(("condition", "batch"))
+        ranked = (("batches measured in", measured), ("batches started from", started), ("conditions", mean["bound"]))
+        for what, values in ranked:
             order = np.argsort(-values.values)[:3]
             named = ", ".join(f"{values[values.dims[0]].values[k]} ({np.sqrt(values.values[k]):.3f})" for k in order)
             lines.append(f"  {what} that carry most: {named}")
-        return "\n".join(lines)
+        return "\n".join([*lines, "  of this fit alone: compare layouts with plan_batches"])
 
     def __repr__(self) -> str:
         """Return the report."""
@@ -76,7 +75,11 @@ def batch_error(fit: "Fit", screen: Screen, *, n_draws: int = 20, n_points: int 
     squared and averaged over genes and points. The directional derivative is a Jacobian-vector product through encoder, transition and
     decoder (`projected`). Eq 22 as printed averages the squares over b and b′, an upper bound of the square of the average (eq 17), which
     stands beside it as ``tight``; its sums run over (n_p + 1)(n_M + 1) conditions, by which number they are divided here, not by n_p n_M.
-    The fit identifies η − η̄: η̄ ~ Normal(0, τ²/B) adds −η̄ + η̄·∇F_L. All is to first order in η.
+    The fit identifies η − η̄: η̄ ~ Normal(0, τ²/B) adds −η̄ + η̄·∇F_L, the slope averaged over b′. All is to first order in η.
+
+    It speaks of one fit: how far its batches push what it learnt. It holds no error of estimating η, and τ is learnt in each fit and
+    shrinks where batches coincide with conditions, so totals of fits of different layouts cannot be compared: `plan_batches` compares
+    layouts, under one law.
 
     Raises ValueError for a fit of one batch, and for a screen without control in baseline media in any fitted batch.
 
@@ -103,7 +106,7 @@ def batch_error(fit: "Fit", screen: Screen, *, n_draws: int = 20, n_points: int 
     found = []
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="batch error" if progress else None)):
         with seeded(seed, k, 8):
-            mean_effect = torch.randn_like(fit.model.log_share) * sites["batch_scale"] / len(batches) ** 0.5
+            mean_effect = torch.randn_like(fit.model.log_share) * sites["batch_scale"] * fit.model.batch_effect.spread(sites)[1] ** 0.5
             mean_effect = fit.model.batch_effect.centred(mean_effect)
             each = [
                 _errors(fit, sites, part, batches, sources, fit.model.rest_points(uniform.to(mean_effect)), mean_effect) for part in parts
@@ -129,7 +132,8 @@ def _errors(
     x = model.log_shares(control.sites, untouched, control.rows)
     by_state = "batch_state_effect" in sites or "batch_media_effect" in sites
     effects = [_effect(fit, sites, conditions, at_rest, b) for b in batches]
-    pair, carried, total = [], [], torch.zeros_like(x)
+    pair, carried, total, whole = [], [], torch.zeros_like(x), mean_effect.expand_as(x)
+    common = torch.zeros_like(x)
     for source in sources:
         code = torch.full((len(conditions),), model.vocabulary.batch_code(source), device=x.device)
         eta = model.batch_effect.at(sites, code, untouched.z, untouched.media).expand_as(x)
@@ -138,8 +142,8 @@ def _errors(
         pair.append(torch.stack([_square(error) for error in errors], -1))
         carried.append(_square(torch.stack(slopes).mean(0)))
         total += torch.stack(errors).mean(0) / len(sources)
-    whole = mean_effect.expand_as(x)
-    irreducible = _square(_slope(fit, sites, conditions, x, whole, None, None) - whole)
+        common += (_slope(fit, sites, conditions, x + eta, whole, source, None) - whole) / len(sources)
+    irreducible = _square(common)
     both = torch.stack(pair, -1)
     named = {"pair": both, "effect": torch.stack([_square(e) for e in effects], -1), "carried": torch.stack(carried, -1)}
     return named | {"bound": both.mean((-1, -2)), "tight": _square(total), "irreducible": irreducible}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -62,9 +62,9 @@ class BatchPlan:
 def propose_layouts(screen: Screen, n_batches: int, n_cells: int) -> dict[str, pd.DataFrame]:
     """Return layouts of the conditions of a screen over ``n_batches`` batches of ``n_cells`` cells in all, conditions equally large.
 
-    Each is a table of cells as `Screen.summary`: conditions (perturbation, media, time) × batches. Perturbed conditions are spread over
-    batches in turn; control is in the first batch or in all; each media has batches of its own, or all are in every batch
-    (hashed, where a barcode tells them apart).
+    Each is a table of cells as `Screen.summary`: conditions (perturbation, media, time) × batches, all layouts of as many cells in each
+    condition. Perturbed conditions are spread over batches in turn, those of one perturbation over different ones; control is in the first
+    batch or in all; each media has batches of its own, or all are in every batch (hashed, where a barcode tells them apart).
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(1.0,), seed=1).screen
@@ -80,7 +80,8 @@ def propose_layouts(screen: Screen, n_batches: int, n_cells: int) -> dict[str, p
     index, each = screen.summary().index, n_cells // len(screen.conditions)
     control = np.array([not p.perturbations for p in screen.conditions])
     media = np.array([screen.media.index(m) for m in index.get_level_values("media")])
-    turn = np.arange(len(index)) % n_batches
+    number = pd.factorize(index.droplevel("perturbation"))[0] + pd.factorize(index.get_level_values("perturbation"))[0]
+    turn = number % n_batches
     alone = np.eye(n_batches)[turn]
     everywhere = np.full((len(index), n_batches), 1 / n_batches)
     own = (np.arange(n_batches) % len(screen.media))[None] == media[:, None]
@@ -92,7 +93,7 @@ def propose_layouts(screen: Screen, n_batches: int, n_cells: int) -> dict[str, p
     )
     columns = pd.Index([f"batch{b + 1}" for b in range(n_batches)], name="batch")
     tables = ((name, share) for name, share in zip(PROPOSED, shares, strict=True) if share is not None)
-    return {name: pd.DataFrame(np.rint(each * share).astype(int), index=index, columns=columns) for name, share in tables}
+    return {name: pd.DataFrame(_whole(each * share), index=index, columns=columns) for name, share in tables}
 
 
 @torch.no_grad()
@@ -167,6 +168,15 @@ def _from_fit(fit: "Fit", tables: list[pd.DataFrame], of: str, n_draws: int, n_p
                     row.append(plan.error(sites, fit.model.rest_points(uniform.to(fit.model.log_share))))
         values.append(row)
     return values
+
+
+def _whole(cells: Float[np.ndarray, "condition batch"]) -> Int[np.ndarray, "condition batch"]:
+    """Round each row to whole numbers of the same sum: the largest remainders are rounded up, ties in turn along the rows."""
+    down = np.floor(cells + 1e-9)
+    left = np.rint((cells - down).sum(1)).astype(int)
+    turn = (np.arange(cells.shape[1]) - np.arange(len(cells))[:, None]) % cells.shape[1]
+    rank = np.argsort(np.lexsort((turn, down - cells), axis=1), axis=1)
+    return (down + (rank < left[:, None])).astype(int)
 
 
 def improve_layout(

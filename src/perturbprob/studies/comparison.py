@@ -87,7 +87,7 @@ def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
             raise ValueError(f"{name!r} was fitted by objective='paths' and has no density of a cell: compare fits by the ELBO.")
         if seen := cells.intersection(fit.trained_on["cells"]):
             raise ValueError(
-                f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {sorted(seen)[0]!r}: give cells that no "
+                f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {min(seen)!r}: give cells that no "
                 "fit has seen, as split.hold_out_cells or split.hold_out_time makes them."
             )
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from perturbprob.experiment.action import Media, Protocol, Wait
+from perturbprob.experiment.action import Media, Perturbation, Protocol, Wait
 from perturbprob.experiment.vocabulary import nearest
 
 if TYPE_CHECKING:
@@ -36,19 +36,20 @@ class ReferenceGrid:
 
     @classmethod
     def of(cls, fit: "Fit") -> Self:
-        """Take the levels that a fit has seen; raises ValueError where it has seen one batch."""
-        seen = [
-            (protocol.perturbations, protocol.media, protocol.time, batch)
-            for protocol, batches in ((Protocol.parse(text), of) for text, of in fit.trained_on["conditions"].items())
-            for batch in batches
-        ]
+        """Take the levels that a fit has seen; raises ValueError where it has seen one batch, or another order than P, M, W."""
+        conditions = {Protocol.parse(text): batches for text, batches in fit.trained_on["conditions"].items()}
+        for p in conditions:
+            if p != _usual(p.perturbations, p.media, p.time):
+                raise ValueError(f"The grid is over perturbation, then media, then a wait, and {p} has another order. Leave it out.")
+        seen = [(p.perturbations, p.media, p.time, batch) for p, batches in conditions.items() for batch in batches]
         of_factor = {name: sorted({row[k] for row in seen}, key=_order) for k, name in enumerate(FACTORS)}
         if len(of_factor["batch"]) < 2:
             raise ValueError(
                 "The fit has one batch, so there is no batch effect to take apart. Name the batch column when reading the screen."
             )
         levels = {}
-        for group in _groups([name for name in FACTORS if len(of_factor[name]) > 1], fit.trained_on["confounded"]):
+        aliased = [*fit.trained_on["confounded"], *fit.trained_on["aliased"]]
+        for group in _groups([name for name in FACTORS if len(of_factor[name]) > 1], aliased):
             places = [FACTORS.index(name) for name in group]
             levels["/".join(group)] = sorted({tuple(row[k] for k in places) for row in seen}, key=lambda level: [_order(v) for v in level])
         fixed = {name: values[0] for name, values in of_factor.items() if len(values) == 1}
@@ -98,7 +99,7 @@ class ReferenceGrid:
     @property
     def protocols(self) -> list[Protocol]:
         """What is done to each cell of the grid."""
-        return [Protocol([*p, *([] if m is None else [Media(m)]), Wait(t)]) for p, m, t, _ in self.rows]
+        return [_usual(p, m, t) for p, m, t, _ in self.rows]
 
     @property
     def batch_of_cell(self) -> list[str]:
@@ -156,6 +157,11 @@ class ReferenceGrid:
         return tuple(axis for axis in self.axes if axis in axes)
 
 
+def _usual(perturbations: tuple[Perturbation, ...], media: str | None, time: float) -> Protocol:
+    """Return P, then M, then W."""
+    return Protocol([*perturbations, *([] if media is None else [Media(media)]), Wait(time)])
+
+
 def _order(value: object) -> tuple[int, float, str]:
     """Sort none (control, baseline media) to the front, then numbers, then by name."""
     if isinstance(value, float):
@@ -166,8 +172,9 @@ def _order(value: object) -> tuple[int, float, str]:
 def _groups(factors: list[str], aliased: Sequence[Sequence[str]]) -> list[list[str]]:
     """Join the factors that are aliased with each other, in the order of the factors."""
     of = {name: name for name in factors}
-    for first, second in aliased:
-        if first in of and second in of:
-            old, new = of[second], of[first]
-            of = {name: new if group == old else group for name, group in of.items()}
+    for first, *others in aliased:
+        for second in others:
+            if first in of and second in of:
+                old, new = of[second], of[first]
+                of = {name: new if group == old else group for name, group in of.items()}
     return [[name for name in factors if of[name] == group] for group in dict.fromkeys(of.values())]
