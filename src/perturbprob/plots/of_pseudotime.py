@@ -1,7 +1,7 @@
 """The figure of a trajectory: where the cells of each perturbation are along it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -53,7 +53,7 @@ def pseudotime(
     name_axis(left.yaxis, [f"● {name}" if mark else name for name, mark in zip(part["perturbation"].values, differs, strict=True)])
     for text, mark in zip(left.get_yticklabels(), differs, strict=True):
         text.set_fontweight("bold" if mark else "normal")
-    left.set(ylim=(part.sizes["perturbation"] - 0.4, -1.0), xlim=(0, 1), title="Cells along the trajectory", ylabel="perturbation")
+    left.set(ylim=(part.sizes["perturbation"] + 0.2, -1.0), xlim=(0, 1), title="Cells along the trajectory", ylabel="perturbation")
     left.set_xlabel(f"pseudotime: share of control cells that come before\n● differs from control, false discoveries ≤ {100 * level:g} %")
     return figure
 
@@ -68,7 +68,7 @@ def _spread(axes: "matplotlib.axes.Axes", ordered: Pseudotime, names: np.ndarray
     for row, name in enumerate(names):
         axes.stairs(row - scale * heights[name], edges, baseline=row, fill=True, color=BLUE, alpha=0.7, label=None if row else "perturbed")
         axes.stairs(row - scale * heights["control"], edges, baseline=row, color=GREY, lw=1.2, label=None if row else "control")
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
 
 
 def _shares(axes: "matplotlib.axes.Axes", part: xr.Dataset, level: float) -> None:
@@ -78,8 +78,8 @@ def _shares(axes: "matplotlib.axes.Axes", part: xr.Dataset, level: float) -> Non
     for k, lineage in enumerate(part["lineage"].values):
         colour, one = (BLUE, RED, GREEN, "black")[k % 4], part.sel(lineage=lineage)
         filled = np.where(one["share_q_value"].values <= level, colour, "white")
-        style = {"marker": "oDs^v<>P"[k % 8], "edgecolors": colour, "s": 32, "zorder": 3}
+        style: dict[str, Any] = {"marker": "oDs^v<>P"[k % 8], "edgecolors": colour, "s": 32, "zorder": 3}
         axes.scatter(one["share_change"].values, rows - 0.3, c=filled, **style)
         axes.scatter([], [], c=colour, label=plain(lineage), **style)
     axes.set(title="Commitment to lineages", xlabel="change of the share of cells\nagainst control; filled: not chance")
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center")
