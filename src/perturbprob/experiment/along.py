@@ -36,7 +36,7 @@ def along(ordered: "Pseudotime", *, level: float = 0.05) -> xr.Dataset:
     >>> from perturbprob.experiment import datasets, pseudotime
     >>> table = along(pseudotime.order(datasets.ishikawa2023(), "PRDM14", n_bootstraps=0))
     >>> table["perturbation"].values[:2].tolist(), dict(table.sizes)
-    (['control', 'ARNT'], {'perturbation': 24, 'lineage': 1})
+    (['control', 'ETS2'], {'perturbation': 24, 'lineage': 1})
     """
     screen, cells = ordered.ordered_screen, ordered.cells
     if not 0 < level < 1:

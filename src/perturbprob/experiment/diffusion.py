@@ -15,23 +15,28 @@ if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
 
-def components(screen: "Screen", cells: Int[np.ndarray, " fitted"], n_components: int) -> Float64[np.ndarray, "cell component"]:
-    """Return every cell's place on the principal components of some cells: log(1 + count / size factor), centred on those.
+def components(
+    screen: "Screen", cells: Int[np.ndarray, " fitted"], n_components: int
+) -> tuple[Float64[np.ndarray, "cell component"], Float64[np.ndarray, " cell"]]:
+    """Return every cell's place on the principal components of some cells, and its squared distance from the space they span.
 
-    Size factors are relative to the median of the fitted cells, so that the others have no part in the space. There are never more
-    components than half the genes or half the fitted cells.
+    Components are those of log(1 + count / size factor), centred on the fitted cells, and no more than half of the genes or of these.
+    Size factors are relative to the median of the fitted cells, so that the others have no part in the space.
 
     >>> from perturbprob.experiment import datasets
     >>> screen = datasets.ishikawa2023()
-    >>> components(screen, screen.cells_of("control"), 10).shape
-    (14945, 10)
+    >>> place, beside = components(screen, screen.cells_of("control"), 10)
+    >>> place.shape, beside.shape
+    ((14945, 10), (14945,))
     """
     from sklearn.decomposition import PCA
 
     values = relative_counts(screen.counts, screen.size_factor / np.median(screen.size_factor[cells])).log1p()
-    number = max(2, min(n_components, screen.n_genes // 2, len(cells) // 2))
+    number = max(1, min(n_components, screen.n_genes // 2, len(cells) // 2))
     space = PCA(number, svd_solver="arpack", random_state=0).fit(csr_matrix(values[cells]))
-    return space.transform(csr_matrix(values)).astype(np.float64)
+    place, mean = space.transform(csr_matrix(values)).astype(np.float64), space.mean_
+    squares = values.power(2).sum(axis=1) - 2 * values @ mean + mean @ mean
+    return place, np.clip(squares - (place**2).sum(axis=1), 0, None)
 
 
 @final

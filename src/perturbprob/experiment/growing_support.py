@@ -88,7 +88,7 @@ def growing_support(
             "time='day'; or take pseudotime for time: pb.pseudotime.order(screen, root).screen()."
         )
     control = control_cells(screen)
-    place = components(screen, control, n_components)[control]
+    place = components(screen, control, n_components)[0][control]
     time = np.array([p.time for p in screen.conditions])[screen.condition[control]]
     _check_times(screen, time)
     early, *later = (place[time == t] for t in np.unique(time))

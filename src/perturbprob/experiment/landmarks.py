@@ -86,7 +86,7 @@ def check_connected(diffusion: Diffusion, n_neighbours: int) -> None:
         )
 
 
-def check_ends(ends: Mapping[str, Int[np.ndarray, " end"]], root: int) -> None:
+def check_ends(ends: Mapping[str, Int[np.ndarray, "_"]], root: int) -> None:
     """Refuse ends that share a cell with each other, or hold the root."""
     names = list(ends)
     for k, name in enumerate(names):

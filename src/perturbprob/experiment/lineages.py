@@ -15,7 +15,7 @@ _LEVELS = 100
 _STEPS = 1000
 
 
-def find_ends(graph: csr_array, pseudotime: Float[np.ndarray, " cell"], share: float = SHARE) -> list[Int[np.ndarray, " end"]]:
+def find_ends(graph: csr_array, pseudotime: Float[np.ndarray, " cell"], share: float = SHARE) -> list[Int[np.ndarray, "_"]]:
     """Return the ends of a trajectory, the latest first: cells that hang together among the late, and hold a share of all cells.
 
     The graph is cut down to the cells later than a level, which falls in steps of 1/100 of the cells. Whenever one of its parts first
@@ -38,7 +38,7 @@ def find_ends(graph: csr_array, pseudotime: Float[np.ndarray, " cell"], share: f
 
 
 def lineage_weights(
-    graph: csr_array, pseudotime: Float[np.ndarray, " cell"], ends: Sequence[Int[np.ndarray, " end"]]
+    graph: csr_array, pseudotime: Float[np.ndarray, " cell"], ends: Sequence[Int[np.ndarray, "_"]]
 ) -> Float64[np.ndarray, "cell lineage"]:
     """Return the probability that a walk from each cell comes to each end first; rows sum to 1.
 

@@ -39,7 +39,7 @@ class Pseudotime:
       exceeds that of the root; 0 where it does not.
     - ``pseudotime_sd`` and ``lineage_weight_sd``: standard deviations over random halves of the control cells.
     - ``nearest_control``: the nearest control cell other than itself, whose labels a perturbed cell took; ``far``: whether it is farther
-      away than that of 99 % of control cells. The labels of far cells are those of cells unlike them.
+      away than that of 99 % of control cells, in all genes. The labels of far cells are those of cells unlike them.
 
     ``ordered_screen`` is what was ordered. ``ends`` holds the names of the control cells at the end of each lineage, the latest first.
     ``cells.attrs`` holds the root and the settings.
@@ -135,7 +135,7 @@ def order(
     _check_whole(0, n_bootstraps=n_bootstraps, seed=seed)
     control = control_cells(screen)
     check_enough(control, n_neighbours)
-    place = components(screen, control, n_components)
+    place, beside = components(screen, control, n_components)
     diffusion = Diffusion.of(place[control], n_neighbours)
     check_connected(diffusion, n_neighbours)
     start = middle(place[control], meant(screen, control, diffusion, "root", root))
@@ -145,6 +145,7 @@ def order(
     check_ends(found, start)
     weight = lineage_weights(diffusion.graph, reached, list(found.values()))
     distance, near = _nearest_control(place, control)
+    squares = distance**2 + beside
     own = near.copy()
     own[control] = np.arange(len(control))
     settings = {"n_neighbours": n_neighbours, "n_components": n_components, "n_bootstraps": n_bootstraps, "seed": seed}
@@ -158,7 +159,7 @@ def order(
         "commitment": _commitment(weight, start)[own],
         **_spread(draws, (screen.n_cells, len(found))),
         "nearest_control": screen.cells[control[near]],
-        "far": distance > np.quantile(distance[control], _FAR),
+        "far": squares > np.quantile(squares[control], _FAR),
     }
     variables = {name: (("cell", "lineage")[: values.ndim], values) for name, values in labels.items()}
     attrs = {"root": str(screen.cells[control[start]]), "n_connected": len(draws), **settings}
@@ -183,7 +184,7 @@ def _halves(
     (fixed, *ends), rng = kept, np.random.default_rng(seed)
     for _ in range(n_bootstraps):
         half = np.union1d(rng.choice(control, len(control) // 2, replace=False), fixed)
-        place = components(screen, half, n_components)
+        place = components(screen, half, n_components)[0]
         diffusion = Diffusion.of(place[half], n_neighbours)
         if not diffusion.parts.any():
             reached = diffusion.pseudotime(int(np.searchsorted(half, fixed[0])))
