@@ -97,6 +97,14 @@ def growth(seed: int) -> Iterator[tuple[str, bool, bool]]:
         yield name, bool(row["grows"]), bool(row["keeps"])
 
 
+def ends(seed: int, n_cells: int) -> dict[str, int]:
+    """Return how many ends are found in as many cells of two lineages, of one, and in a cloud that leads nowhere."""
+    both = branching(seed, each=0, controls=2 * n_cells)
+    cloud = pb.simulate(n_cells=n_cells, n_perturbations=0, times=(1.0,), seed=seed).screen
+    found = {"two": ordered(both[:n_cells].copy()), "one": ordered(both[both.obs["leads_to_a"].to_numpy()][:n_cells].copy())}
+    return {name: len(o.ends) for name, o in found.items()} | {"cloud": len(pb.pseudotime.order(cloud, [0], n_bootstraps=0).ends)}
+
+
 def rates(p_values: list[pd.Series]) -> dict[str, float]:
     """Return how often p-values are at most 0.05 where nothing was done."""
     return {name: float((np.concatenate([p[name] for p in p_values]) <= 0.05).mean()) for name in ("pseudotime", "share")}
@@ -119,11 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--screens", type=int, default=40)
     parser.add_argument("--each", type=int, nargs="+", default=[50, 150])
+    parser.add_argument("--cells", type=int, nargs="+", default=[200, 800])
     parser.add_argument("--file")
     options = parser.parse_args()
     for each in options.each:
         table = pd.DataFrame([blocked(branching(seed, each=each)) for seed in range(options.screens)])
         print(json.dumps({"cells of each perturbation": each} | table.astype(float).mean().round(3).to_dict()))
+    for n_cells in options.cells:
+        counts = pd.DataFrame([ends(seed, n_cells) for seed in range(options.screens)]).apply(pd.Series.value_counts).T
+        print(json.dumps({"control cells": n_cells, "numbers of ends": counts.fillna(0).astype(int).to_dict("index")}))
     nothing = [branching(seed, controls=1100, each=0) for seed in range(options.screens)]
     p_values = [nothing_done(adata, (adata.obs["progress"] < 0.05).to_numpy(), seed) for seed, adata in enumerate(nothing)]
     print(json.dumps({"p <= 0.05 where nothing was done": rates(p_values)}))

@@ -13,7 +13,7 @@ from scipy.stats import false_discovery_control, mannwhitneyu, spearmanr
 
 import perturbprob as pb
 from perturbprob.experiment.along import stratified_test
-from perturbprob.experiment.diffusion import components
+from perturbprob.experiment.diffusion import Diffusion, components
 from perturbprob.experiment.lineages import find_ends, lineage_weights
 
 
@@ -295,6 +295,17 @@ def test_nothing_is_found_where_nothing_was_done(study, paul):
     first = (paul.obs["cell_type"] == "Multipotent progenitors").to_numpy()
     rates = study.rates([study.nothing_done(paul, first, seed) for seed in range(8)])
     assert max(rates.values()) < 0.26  # with labels of their own for control cells: 0.8
+
+
+@pytest.mark.parametrize("n_cells", [200, 800])
+@pytest.mark.filterwarnings("ignore::perturbprob.ScreenWarning")
+def test_there_are_as_many_ends_as_lineages(study, n_cells):
+    assert study.ends(7, n_cells) == {"two": 2, "one": 1, "cloud": 1}
+
+
+def test_more_cells_than_scanpy_holds_exact_by_default():
+    ring = np.linspace(0, 2 * np.pi, 8300)[:, None]
+    assert not Diffusion.of(np.hstack([np.cos(ring), np.sin(ring)]), 5).parts.any()
 
 
 # misuse

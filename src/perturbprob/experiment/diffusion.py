@@ -53,14 +53,14 @@ class Diffusion:
 
     @classmethod
     def of(cls, place: Float[np.ndarray, "cell component"], n_neighbours: int) -> Self:
-        """Join each cell to its neighbours by `scanpy.pp.neighbors`, with the adaptive Gaussian kernel.
+        """Join each cell to its exact nearest neighbours by `scanpy.pp.neighbors`, with the adaptive Gaussian kernel.
 
         It is the kernel of diffusion pseudotime (Haghverdi et al. 2016, doi:10.1038/nmeth.3971), and needs no compilation.
         """
         import scanpy
 
         adata = AnnData(obsm={"X_pca": place})
-        scanpy.pp.neighbors(adata, n_neighbors=n_neighbours, use_rep="X_pca", method="gauss")
+        scanpy.pp.neighbors(adata, n_neighbors=n_neighbours, use_rep="X_pca", method="gauss", transformer="sklearn")
         return cls(adata)
 
     @property

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
 _FEWEST = 40  # cells at a time: twenty in a half, and five neighbours among them
+_MOST = 2000  # cells in a set: more take time and memory, and say little more
 
 
 @final
@@ -68,7 +69,7 @@ def growing_support(
     A cell is outside a set of cells if it is farther from each of them than that one is from its own ``k``-th nearest neighbour in the
     set, on the first ``n_components`` principal components of all control cells. Noise alone puts some cells outside: so the early cells
     are halved, and one half is asked how much of the other half, and how much of as many late cells, is outside. All three sets
-    hold as many cells as half of the smaller time. ``n_splits`` splits, from ``seed``, give the central interval of probability
+    hold as many cells as half of the smaller time, or 2,000. ``n_splits`` splits, from ``seed``, give the central interval of probability
     ``level``: a half is as far from all cells seen as those are from all there are.
 
     Times are those of the screen, such as `Pseudotime.screen` gives. Later cells that hold fewer counts are noisier, and may be
@@ -112,7 +113,7 @@ def outside(known: Float[np.ndarray, "known component"], cells: Float[np.ndarray
 
 def _row(early: np.ndarray, late: np.ndarray, k: int, n_splits: int, level: float, rng: np.random.Generator) -> dict[str, float]:
     """Return what is gained and lost between two times, with intervals over splits."""
-    n = min(len(early), len(late)) // 2
+    n = min(len(early) // 2, len(late) // 2, _MOST)
     gained, lost = (
         np.array([_split(first, second, k, n, rng) for _ in range(n_splits)]) for first, second in ((early, late), (late, early))
     )
