@@ -140,31 +140,48 @@ def order(
     check_connected(diffusion, n_neighbours)
     start = middle(place[control], meant(screen, control, diffusion, "root", root))
     reached = diffusion.pseudotime(start)
-    named = {name: meant(screen, control, diffusion, f"end {name!r}", cells) for name, cells in (ends or {}).items()}
-    found = named or {f"lineage {k + 1}": cells for k, cells in enumerate(find_ends(diffusion.graph, reached))}
+    found = _ends(screen, control, diffusion, reached, ends)
     check_ends(found, start)
     weight = lineage_weights(diffusion.graph, reached, list(found.values()))
-    distance, near = _nearest_control(place, control)
-    squares = distance**2 + beside
-    own = near.copy()
-    own[control] = np.arange(len(control))
     settings = {"n_neighbours": n_neighbours, "n_components": n_components, "n_bootstraps": n_bootstraps, "seed": seed}
     tips = [start, *(int(cells[reached[cells].argmax()]) for cells in found.values())]
-    kept = [control[cells] for cells in (np.array(tips), *found.values())]
-    draws = list(_halves(screen, control, kept, **settings))
-    labels = {
-        "pseudotime": _shares(reached)[own],
-        "diffusion_pseudotime": reached[own],
-        "lineage_weight": weight[own],
-        "commitment": _commitment(weight, start)[own],
-        **_spread(draws, (screen.n_cells, len(found))),
-        "nearest_control": screen.cells[control[near]],
-        "far": squares > np.quantile(squares[control], _FAR),
-    }
+    draws = list(_halves(screen, control, [control[cells] for cells in (np.array(tips), *found.values())], **settings))
+    distance, near = _nearest_control(place, control)
+    squares, own = distance**2 + beside, near.copy()
+    own[control] = np.arange(len(control))
+    labels = {name: values[own] for name, values in _labels(reached, weight, start).items()} | _spread(draws, (len(own), len(found)))
+    labels |= {"nearest_control": screen.cells[control[near]], "far": squares > np.quantile(squares[control], _FAR)}
     variables = {name: (("cell", "lineage")[: values.ndim], values) for name, values in labels.items()}
     attrs = {"root": str(screen.cells[control[start]]), "n_connected": len(draws), **settings}
     table = xr.Dataset(variables, {"cell": screen.cells, "lineage": list(found)}, attrs)
     return Pseudotime(screen, table, {name: tuple(screen.cells[control[cells]]) for name, cells in found.items()})
+
+
+def _ends(
+    screen: Screen,
+    control: Int[np.ndarray, " control"],
+    diffusion: Diffusion,
+    reached: Float[np.ndarray, " control"],
+    ends: Mapping[str, str | ArrayLike] | None,
+) -> dict[str, np.ndarray]:
+    """Return which of the control cells are at each end: as the user names them, or as they are found."""
+    if ends:
+        return {name: meant(screen, control, diffusion, f"end {name!r}", cells) for name, cells in ends.items()}
+    return {f"lineage {k + 1}": cells for k, cells in enumerate(find_ends(diffusion.graph, reached))}
+
+
+def _labels(
+    reached: Float[np.ndarray, " control"], weight: Float[np.ndarray, "control lineage"], root: int
+) -> dict[str, Float64[np.ndarray, "control ..."]]:
+    """Return what control cells are labelled with: pseudotime as a share of them, and by how much each leads to an end beyond the root."""
+    possible = 1 - weight[root]
+    commitment = np.clip(weight - weight[root], 0, None) / np.where(possible > 0, possible, 1)
+    return {
+        "pseudotime": _shares(reached),
+        "diffusion_pseudotime": reached,
+        "lineage_weight": weight,
+        "commitment": np.where(possible > 0, commitment, 1.0),  # with one end, all cells are on their way to it
+    }
 
 
 def _halves(
@@ -204,12 +221,6 @@ def _spread(draws: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int]) 
 def _shares(reached: Float[np.ndarray, " control"]) -> Float64[np.ndarray, " control"]:
     """Return the share of control cells that come before each, and half of itself."""
     return (rankdata(reached) - 0.5) / len(reached)
-
-
-def _commitment(weight: Float[np.ndarray, "control lineage"], root: int) -> Float64[np.ndarray, "control lineage"]:
-    """Return by how much a cell leads to each end more surely than the root, of what is possible; all of it where there is one end."""
-    possible = 1 - weight[root]
-    return np.where(possible > 0, np.clip(weight - weight[root], 0, None) / np.where(possible > 0, possible, 1), 1.0)
 
 
 def _nearest_control(
