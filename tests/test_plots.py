@@ -374,3 +374,38 @@ def test_the_decomposition_shows_shares_genes_and_batches(fit):
     assert (widths > 99).all()
     with pytest.raises(ValueError, match="n_genes must be at least 1"):
         plots.batch_decomposition(parts, n_genes=0)
+
+
+@pytest.fixture(scope="module")
+def ordered():
+    """A screen of three knock-outs, ordered by the pseudotime of its control cells, of which one has two lineages by name."""
+    screen = pb.simulate(n_cells=400, n_genes=12, n_perturbations=3, times=(1.0,), seed=2).screen
+    first, second = (str(screen.cells[k]) for k in screen.cells_of("control")[[5, 40]])
+    return pb.pseudotime.order(screen, str(screen.cells[screen.cells_of("control")[0]]), ends={"$A": first, "B": second}, n_bootstraps=0)
+
+
+def test_pseudotime_shows_every_perturbation_over_control(ordered):
+    table = pb.pseudotime.along(ordered)
+    figure = plots.pseudotime(ordered)
+    left, right = figure.axes
+    earliest_first = table["perturbation"].values[1:][np.argsort(table["pseudotime_change"].values[1:])]
+    assert [name.removeprefix("● ") for name in names_of(left)] == earliest_first.tolist()
+    assert len(left.patches) == 2 * 3
+    for row, name in enumerate(earliest_first):
+        heights = row - left.patches[2 * row].get_data().values
+        mean = (heights * (np.arange(20) + 0.5) / 20).sum() / heights.sum()
+        assert mean == pytest.approx(float(table["pseudotime"].sel(perturbation=name)), abs=0.025)
+    drawn = [tuple(scatter.get_offsets()[:, 0]) for scatter in right.collections if len(scatter.get_offsets())]
+    expected = [tuple(table["share_change"].sel(lineage=k, perturbation=earliest_first).values) for k in ("$A", "B")]
+    np.testing.assert_allclose(drawn, expected)
+    assert texts(right.get_legend().get_texts()) == [r"\$A", "B"]
+    figure.canvas.draw()
+
+
+def test_pseudotime_of_chosen_perturbations_in_a_figure_of_ones_own(ordered):
+    name = ordered.ordered_screen.perturbations[1]
+    figure = Figure()
+    assert plots.pseudotime(ordered, name, figure=figure) is figure
+    assert [label.removeprefix("● ") for label in names_of(figure.axes[0])] == [name]
+    with pytest.raises(ValueError, match="no perturbation 'nobody'"):
+        plots.pseudotime(ordered, ["nobody"])

@@ -15,7 +15,7 @@ import pyro
 # a second model in one session must not take over the parameters of the first
 pyro.settings.set(module_local_params=True)
 
-from perturbprob.experiment import datasets, split  # noqa: E402
+from perturbprob.experiment import datasets, pseudotime, split  # noqa: E402
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait  # noqa: E402
 from perturbprob.experiment.assays import Assay  # noqa: E402
 from perturbprob.experiment.screen import Screen, ScreenWarning  # noqa: E402
@@ -122,6 +122,7 @@ __all__ = [
     "projected",
     "proof_of_principle",
     "propose_layouts",
+    "pseudotime",
     "sensitivity",
     "simulate",
     "split",

@@ -1,6 +1,6 @@
 """What was done to the cells, and what was seen: protocols, screens and their layout."""
 
-from perturbprob.experiment import datasets, plate, split
+from perturbprob.experiment import datasets, plate, pseudotime, split
 from perturbprob.experiment.action import Activation, Interference, Knockout, Media, Protocol, Wait
 from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.layout import Layout
@@ -19,5 +19,6 @@ __all__ = [
     "Wait",
     "datasets",
     "plate",
+    "pseudotime",
     "split",
 ]

@@ -8,7 +8,18 @@ every mark has a shape of its own.
 from perturbprob.plots.of_batches import batch_decomposition
 from perturbprob.plots.of_effects import effects
 from perturbprob.plots.of_fit import losses, predictive_check
+from perturbprob.plots.of_pseudotime import pseudotime
 from perturbprob.plots.of_screen import branches, layout, steady_states
 from perturbprob.plots.of_study import proof_of_principle
 
-__all__ = ["batch_decomposition", "branches", "effects", "layout", "losses", "predictive_check", "proof_of_principle", "steady_states"]
+__all__ = [
+    "batch_decomposition",
+    "branches",
+    "effects",
+    "layout",
+    "losses",
+    "predictive_check",
+    "proof_of_principle",
+    "pseudotime",
+    "steady_states",
+]
