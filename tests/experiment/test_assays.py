@@ -273,3 +273,21 @@ def test_an_assay_is_named_by_a_word_and_read_first(rna: AnnData, surface: AnnDa
         screen.with_assays({"surface protein": Assay.from_anndata(surface[:3], kind="protein")}, missing="mask")
     with pytest.raises(TypeError, match=r"of type AnnData. Read it with pb\.Assay\.from_anndata"):
         screen.with_assays({"protein": surface})
+
+
+def test_names_that_no_two_assays_share_are_noticed(rna: AnnData, surface: AnnData) -> None:
+    other = surface.copy()
+    other.obs_names = [f"{name}-1" for name in other.obs_names]
+    other.obs["gene"] = ["NT", "KLF1", "NT", "NT"]
+    with pytest.warns(UserWarning, match="No cell has two of the assays; cells are called 'a' in rna, 'd-1' in protein"):
+        Screen.from_mudata(together(rna=rna, adt=other), protein="adt", missing="mask", **COLUMNS)
+
+
+def test_masks_and_places_that_mean_two_things_are_refused(surface: AnnData) -> None:
+    with pytest.raises(ValueError, match="present= is a mask of True and False; got values of type int64"):
+        Assay.from_anndata(surface, kind="protein", present=np.arange(4))
+    with pytest.raises(ValueError, match="features= names the columns of a matrix in obsm="):
+        Assay.from_anndata(surface, kind="protein", features=["a", "b"])
+    surface.obsm["x"] = np.ones((4, 2))
+    with pytest.raises(ValueError, match="layer= and obsm= name two places"):
+        Assay.from_anndata(surface, kind="protein", obsm="x", layer="y")

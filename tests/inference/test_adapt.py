@@ -126,7 +126,7 @@ def test_cells_are_translated_by_the_difference_of_batch_effects(fit: pb.Fit, si
 @pytest.mark.slow
 def test_what_adapt_and_translate_refuse(fit: pb.Fit, controls: pb.Screen, simulation: Simulation) -> None:
     screen = simulation.screen
-    with pytest.raises(ValueError, match="batch= names the new batch, by a word .*; got ''"):
+    with pytest.raises(ValueError, match=r"batch= names the new batch, by a word .*; got ''"):
         pb.adapt(fit, controls, "")
     with pytest.raises(ValueError, match="knows batch 'batch1' already"):
         pb.adapt(fit, controls, "batch1", **SHORT)

@@ -51,3 +51,24 @@ def test_an_edge_effect_and_a_regression_on_composition_are_found_over_24_wells(
         assert np.corrcoef(found.mean("draw")[k], slope[k])[0, 1] > 0.95
     hits = pb.effects(fit, n_draws=50, progress=False)["log_fold_change"].squeeze("condition")
     assert float(hits.sel(gene="A")) == pytest.approx(-np.log(2), abs=0.15)
+
+
+def test_tables_that_are_not_one_row_for_each_batch_are_refused(screen_of_batches: pb.Screen) -> None:
+    screen = screen_of_batches
+    table = pd.DataFrame({"age": np.arange(float(len(screen.batches)))}, index=list(screen.batches))
+    cases = [
+        (pd.concat([table, table]), r"has 2 rows named 'batch1': give one row for each batch"),
+        (pd.concat([table, table], axis=1), "has 2 columns named 'age'"),
+        (table[[]], "has no column"),
+        (table.replace(0.0, np.nan), "The covariates of batch 'batch1' are not all finite"),
+        (table.iloc[1:], "has no row for 'batch1'"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            pb.node(screen, 2, batch_effect=wrong)
+
+
+@pytest.fixture(scope="module")
+def screen_of_batches() -> pb.Screen:
+    """Eight batches."""
+    return pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, n_batches=8, times=(1.0,), seed=3).screen

@@ -70,3 +70,35 @@ def test_standard_errors_that_are_unknown_or_zero_leave_the_noise_to_be_learnt(s
     noise = pb.posterior(fit, 50).posterior["noise"]
     assert float(noise.min()) > 1e-3
     assert np.isfinite(pb.predict(fit, n_draws=5, batch="average", progress=False)["mean"]).all()
+
+
+def test_an_error_that_is_not_known_is_as_large_as_the_largest_known_of_its_gene() -> None:
+    from perturbprob.model.cells import _filled
+
+    error = np.array([[0.1, np.nan, np.nan], [0.3, 0.2, np.nan]], np.float32)
+    np.testing.assert_allclose(_filled(error), [[0.1, 0.2, 0.0], [0.3, 0.2, 0.0]])
+
+
+def test_one_batch_says_nothing_of_a_new_one(screen: pb.Screen) -> None:
+    one = screen[screen.batch == 0]
+    with pytest.warns(UserWarning, match="one batch"):
+        fit = pb.fit(pb.node(one, 1, assumptions=[pb.UneditedStable()]), one, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="The fit has one batch, so how far another would be off was never seen"):
+        pb.predict(fit, n_draws=2, batch="new", progress=False)
+
+
+@pytest.mark.parametrize("name", ["new", "average"])
+def test_a_batch_may_not_be_called_what_predict_means_otherwise(name: str) -> None:
+    adata = pb.simulate(n_cells=60, n_genes=6, n_perturbations=1, n_batches=2, seed=1).adata
+    adata.obs["batch"] = [name if b == "batch1" else b for b in adata.obs["batch"]]
+    with pytest.raises(ValueError, match=f"A batch is named '{name}', which predict.*means otherwise"):
+        pb.Screen.from_anndata(adata, time="time", batch="batch")
+
+
+def test_depth_of_perturbations_without_control_is_said_to_be_the_priors(screen: pb.Screen) -> None:
+    control = np.array([not p.perturbations for p in screen.conditions])[screen.condition]
+    names = np.array([p.perturbation for p in screen.conditions])[screen.condition]
+    first = screen.perturbations[0]
+    apart = screen[((screen.batch == 0) & (control | (names == first))) | ((screen.batch == 1) & ~control & (names != first))]
+    with pytest.warns(UserWarning, match="Batches batch2 share no condition with one that holds control"):
+        pb.depth_effects(apart)

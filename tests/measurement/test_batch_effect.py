@@ -81,10 +81,38 @@ def test_a_new_batch_is_a_normal_draw_with_each_genes_scale_centred_by_share():
     draws = torch.stack([block.with_new(sites)["batch_effect"][-1] for _ in range(n)]).double()
     assert (draws @ share.double()).abs().max() < 1e-6
     centre = torch.eye(4, dtype=torch.float64) - share.double()
-    expected = centre @ torch.diag(scale.double() ** 2) @ centre.T
+    expected = centre @ torch.diag(scale.double() ** 2 * (1 + 1 / 3)) @ centre.T  # its own, and that of the mean of the fitted
     sampling = ((expected**2 + expected.diagonal()[:, None] * expected.diagonal()) / n) ** 0.5
     assert (torch.abs(draws.mean(0)) < 5 * (expected.diagonal() / n) ** 0.5).all()
     assert (torch.abs(torch.cov(draws.T) - expected) < 5 * sampling).all()
+
+
+def test_what_depends_on_media_and_state_is_new_in_a_new_batch_too():
+    torch.manual_seed(0)
+    block = BatchEffect(2, shares(4), n_media=1, n_latent=3)
+    sites = {"batch_scale": torch.ones(4), "batch_effect": torch.zeros(2, 4)}
+    sites |= {"batch_media_scale": torch.ones(4), "batch_media_effect": torch.zeros(1, 2, 4)}
+    sites |= {"batch_state_scale": torch.tensor([1.0, 2.0, 3.0]), "batch_state_effect": torch.zeros(3, 2, 4)}
+    draws = [block.with_new(sites) for _ in range(4000)]
+    media, state = (torch.stack([d[f"batch_{k}_effect"][:, -1] for d in draws]) for k in ("media", "state"))
+    centred = float((1 - 2 * shares(4) + 4 * shares(4).square()).mean())
+    assert float(media.square().mean()) == pytest.approx(1.5 * centred, rel=0.1)
+    torch.testing.assert_close(state.square().mean((0, 2)), 1.5 * centred * torch.tensor([1.0, 4.0, 9.0]), rtol=0.1, atol=0)
+
+
+def test_the_spread_of_a_new_batch_and_of_the_mean_follow_from_the_law_of_nested_batches():
+    """By hand, for 3 screens of 2 batches: a screen's own variance τ² (r² − 1) / 2, a batch's τ², drawn and averaged."""
+    ratio, n = 2.5, 400_000
+    block = BatchEffect(6, shares(4), groups=[0, 0, 1, 1, 2, 2])
+    new, mean = block.spread({"batch_screen_ratio": torch.tensor(ratio)})
+    generator = torch.Generator().manual_seed(1)
+    screens = torch.randn(n, 4, generator=generator) * ((ratio**2 - 1) / 2) ** 0.5
+    batches = screens.repeat_interleave(2, 1) + torch.randn(n, 8, generator=generator)
+    assert float(new) == pytest.approx(float(batches[:, 6].var()), rel=0.01)
+    assert float(mean) == pytest.approx(float(batches[:, :6].mean(1).var()), rel=0.01)
+    between = (block.basis.T @ batches[:, :6].T)[block.between > 0]
+    assert float(between.var()) == pytest.approx(ratio**2, rel=0.01)
+    assert [float(x) for x in BatchEffect(5, shares(4)).spread({})] == pytest.approx([1, 0.2])
 
 
 def test_one_batch_has_no_effect_and_says_so_once():

@@ -1,5 +1,6 @@
 """Plans: the covariance is that of a normal model, and layouts are ranked as the paper's conclusions say."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import perturbprob as pb
-from perturbprob.inference.draws import centre
+from perturbprob.inference.draws import centre, global_draws, seeded
 from perturbprob.studies.batch_plan import PROPOSED, _FittedTable
 from perturbprob.studies.layout_error import covariance
 
@@ -172,3 +173,51 @@ def test_a_screen_is_no_fit(screen: pb.Screen, question: Callable[..., object]) 
             pb.batch_error: (screen,), pb.lipschitz_constant: (screen,), pb.predictive_check: (screen,)}  # fmt: skip
     with pytest.raises(TypeError, match=r"A fit is needed here; got Screen. Make one with fit = pb.fit\(model, screen\)"):
         question(screen, *more.get(question, ()), **({"batch_to": "average"} if question is pb.translate else {}))
+
+
+def test_what_is_taken_from_a_fit_is_what_its_cells_do(fit: pb.Fit, screen: pb.Screen) -> None:
+    """s² is the variance of a count over its squared mean, in cells drawn from the model; τ² and v are those of the draw."""
+    sites = next(iter(global_draws(fit.model, fit.guide, 1, 3)))
+    plan = _FittedTable(fit, screen.summary())
+    noise, spread, effect = plan.law(sites)
+    torch.testing.assert_close(spread, sites["batch_scale"].double().square())
+    with torch.no_grad(), seeded(0):
+        segments = fit.model.vocabulary.encode(plan.conditions)
+        z = torch.randn(40_000, len(plan.conditions), 2)
+        share = fit.model.log_shares(sites, fit.model.moved(sites, z, segments), plan.expectation.rows)
+        law = fit.model.law(sites, share + fit.model.log_depth)
+        counts = law.sample().double()
+    torch.testing.assert_close(noise, counts.var(0) / counts.mean(0).square(), rtol=0.15, atol=0.01)
+    torch.testing.assert_close(effect, share.exp().double().mean(0).log().var(0) + 1e-4, rtol=0.05, atol=1e-4)
+
+
+def test_a_map_that_forgets_the_cell_leaves_the_error_of_the_level_and_one_with_a_slope_another(fit: pb.Fit, screen: pb.Screen) -> None:
+    flat = replace(fit, guide=copy.deepcopy(fit.guide))
+    with torch.no_grad():
+        flat.guide.encoder.network[0].weight.zero_()
+        sites = next(iter(global_draws(flat.model, flat.guide, 1, 3)))
+        z = torch.randn(60, 2)
+        errors = []
+        for one in (flat, fit):
+            plan = _FittedTable(one, screen.summary())
+            with seeded(1):
+                errors.append(np.mean([plan.error(sites, z) for _ in range(20)]))
+        law = covariance(plan.table.cells, *plan.law(sites))
+    assert errors[0] == pytest.approx(float(law.diagonal(dim1=1, dim2=2).mean()), rel=0.25)
+    assert abs(errors[1] / errors[0] - 1) > 1e-3
+
+
+def test_no_batch_outgrows_its_capacity_and_no_cell_is_lost(screen: pb.Screen) -> None:
+    layout = pb.propose_layouts(screen, 4, 801)["controls in one batch"]
+    for capacity in (None, 300):
+        better = pb.improve_layout(pb.BatchPrior(), layout, capacity=capacity, n_moves=5)
+        assert (better.sum(axis=1) == layout.sum(axis=1)).all()
+        limit = layout.sum().max() if capacity is None else max(300, layout.sum().max())
+        assert better.sum().max() <= limit
+    proposed = pb.propose_layouts(screen, 4, 801)
+    assert len({tuple(table.sum(axis=1)) for table in proposed.values()}) == 1
+
+
+def test_layouts_of_other_sizes_are_compared_with_a_word(screen: pb.Screen) -> None:
+    tables = {name: pb.propose_layouts(screen, 2, n)["controls in every batch"] for name, n in (("few", 400), ("many", 900))}
+    assert "They differ in cells, which counts too: few 400, many 896" in pb.plan_batches(pb.BatchPrior(), tables).report()

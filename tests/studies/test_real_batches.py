@@ -33,10 +33,15 @@ def test_a_drug_that_acts_otherwise_in_each_patient_is_noticed_and_mostly_taken_
     screen = pb.Screen.from_anndata(
         adata, batch="donor", media="treatment", baseline="vehicle (DMSO)", size_factor=(depth / np.median(depth))[::2]
     )
-    left = {}
+    left, shares = {}, {}
     for form in ("constant", "state"):
         fit = pb.fit(pb.node(screen, 5, batch_effect=form), screen, epochs=8, progress=False)
         check = pb.predictive_check(fit, screen, n_draws=20, progress=False)
         left[form] = float(check.interaction["observed_overall"] - check.interaction["replicated_overall"])
         assert "batches act differently on conditions" in check.summary()
+        shares[form] = pb.decompose_batches(fit, n_draws=4, progress=False).table["overall"]
     assert left["state"] < 0.5 * left["constant"]
+    for parts in shares.values():
+        assert float(parts.sum()) == pytest.approx(1, abs=1e-5)
+        assert float(parts.sel(source="batch")) > float(parts.sel(source="media"))  # five patients differ more than what the drug does
+    assert float(shares["state"].sel(source="media:batch")) > float(shares["constant"].sel(source="media:batch"))
