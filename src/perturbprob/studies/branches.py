@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Shaped
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from perturbprob.experiment.action import Action, Protocol
@@ -27,7 +28,7 @@ N_CELLS = 500
 def branch_shares(
     fit: "Fit",
     screen: "Screen",
-    branches: Sequence[str | None],
+    branches: ArrayLike,
     conditions: Protocol | Action | Sequence[Protocol | Action] | None = None,
     *,
     n_draws: int = 50,
