@@ -29,7 +29,7 @@ import torch
 import perturbprob as pb
 from perturbprob.experiment.action import Protocol
 from perturbprob.inference.draws import global_draws, seeded
-from perturbprob.inference.predict import Expectation
+from perturbprob.inference.expectation import Expectation
 
 
 def read(path: str, batch: str, cells: int, genes: int, seed: int) -> pb.Screen:

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
+import perturbprob as pb
 from perturbprob.experiment import Activation, Interference, Knockout, Media, Protocol, Screen, Wait, datasets
 
 COUNTS = np.array([[3, 0, 1], [0, 2, 0], [5, 1, 0], [1, 1, 1], [0, 0, 7], [2, 2, 2]])
@@ -380,3 +381,15 @@ def test_nontargeting_cells_may_be_a_perturbation_of_their_own():
     assert own.cells_of("control").tolist() == [0]
     with pytest.raises(ValueError, match=r"nontargeting='stress': .* 'control' or as a 'perturbation'"):
         Screen.from_anndata(adata, **how, nontargeting="stress")
+
+
+@pytest.mark.filterwarnings("ignore:The screen has one batch")
+def test_a_cell_without_counts_in_a_panel_stays_where_its_depth_is_known():
+    adata = anndata.AnnData(np.array([[0, 0], [2, 1], [0, 3]], np.float32), obs={"perturbation": ["control", "A", "A"]})
+    adata.var_names = ["A", "B"]
+    with pytest.raises(ValueError, match=r"1 cell .* without any count in adata.X.*pass it as size_factor= and they stay"):
+        Screen.from_anndata(adata, perturbation_type="knockout")
+    screen = Screen.from_anndata(adata, perturbation_type="knockout", size_factor=np.array([1.0, 1.2, 0.8]))
+    assert screen.n_cells == 3
+    fit = pb.fit(pb.node(screen, 1), screen, epochs=1, progress=False)
+    assert np.isfinite(pb.log_density(fit, screen, particles=3, n_draws=2, progress=False)).all()

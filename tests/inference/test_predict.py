@@ -8,7 +8,7 @@ import torch
 
 import perturbprob as pb
 from perturbprob.inference.draws import centre
-from perturbprob.inference.predict import Expectation, interpolated_log1p
+from perturbprob.inference.expectation import Expectation, interpolated_log1p
 from perturbprob.measurement.counts import CountLaw
 
 

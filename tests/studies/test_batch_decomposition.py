@@ -12,7 +12,7 @@ from anndata import AnnData
 import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
 from perturbprob.inference.draws import centre, global_draws
-from perturbprob.inference.predict import Expectation
+from perturbprob.inference.expectation import Expectation
 from perturbprob.studies.reference_grid import ReferenceGrid
 
 
@@ -75,7 +75,7 @@ def test_variances_are_those_of_a_dense_analysis_of_variance(fit: pb.Fit) -> Non
 
 def test_a_grid_in_parts_gives_the_same(fit: pb.Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pb.decompose_batches(fit, n_draws=2, n_states=8, progress=False).table
-    monkeypatch.setattr(sys.modules["perturbprob.inference.predict"], "CHUNK", 400)
+    monkeypatch.setattr(sys.modules["perturbprob.inference.expectation"], "CHUNK", 400)
     parts = pb.decompose_batches(fit, n_draws=2, n_states=8, progress=False).table
     assert np.allclose(whole["share_draws"], parts["share_draws"], atol=2e-3)  # the table of the noise is laid over other rates
 

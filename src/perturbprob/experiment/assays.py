@@ -88,7 +88,7 @@ class Assay:
             raise ValueError(f"present= is a mask of True and False; got values of type {mask.dtype}.")
         if mask.shape != (adata.n_obs,) or not mask.any():
             raise ValueError(f"present= needs one value for each of the {adata.n_obs:,} cells, True in at least one; got {mask.shape}.")
-        counts = read_counts(adata, layer, mask, name=name, what="feature")
+        counts = read_counts(adata, layer, mask, name=name, what="feature", may_be_empty=size_factor is not None)
         counts = csr_array(counts.multiply(mask[:, None]))
         counts.eliminate_zeros()
         if binary:

@@ -1,5 +1,6 @@
 """From an AnnData to the fields of a screen: every column read and checked."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ def read_fields(adata: AnnData, columns: dict[str, Any], present: Bool[np.ndarra
     _check_values(values, asked["standard_error"], asked["cells_behind"], size_factor)
     reading.check_names(adata)
     obs, words = adata.obs, reading.control_words(control)
-    counts = read_counts(adata, asked["layer"], present) if values == "counts" else read_values(adata, asked["layer"])
+    read = read_values if values == "continuous" else partial(read_counts, present=present, may_be_empty=size_factor is not None)
+    counts = read(adata, asked["layer"])
     kind, nontargeting = asked["perturbation_type"], asked["nontargeting"]
     perturbed = reading.read_perturbations(obs, asked["perturbation"], control=words, kind=kind, nontargeting=nontargeting)
     placed, baseline = reading.read_media(obs, asked["media"], asked["baseline"])

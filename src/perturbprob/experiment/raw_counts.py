@@ -14,11 +14,14 @@ Matrix: TypeAlias = Any  # numpy, scipy.sparse, and what anndata has for backed 
 _LARGEST = 2**24  # beyond, float32 skips integers
 
 
-def read_counts(adata: AnnData, layer: str | None, present: np.ndarray | None = None, *, name: str = "", what: str = "gene") -> csr_array:
+def read_counts(
+    adata: AnnData, layer: str | None, present: np.ndarray | None = None, *, name: str = "", what: str = "gene", may_be_empty: bool = False
+) -> csr_array:
     """Return the raw counts (cell, gene) of X or a layer as a new float32 matrix in canonical CSR form.
 
     Sparse, dense and backed matrices of any integer or float type are read. Raises ValueError for values that are not
-    counts (NaN, infinite, negative, non-integer, above 2²⁴) and for cells without any count, but for those that are not ``present``.
+    counts (NaN, infinite, negative, non-integer, above 2²⁴) and for cells without any count, but for those that are not ``present`` and
+    where cells ``may_be_empty``, their depth being known from elsewhere.
     Errors call the matrix ``name`` and a column ``what``.
     """
     name = name or ("adata.X" if layer is None else f"adata.layers[{layer!r}]")
@@ -33,9 +36,12 @@ def read_counts(adata: AnnData, layer: str | None, present: np.ndarray | None = 
     counts.eliminate_zeros()
     counts.sort_indices()
     empty = (np.diff(counts.indptr) == 0) & (True if present is None else present)
-    if empty.any():
+    if empty.any() and not may_be_empty:
         keep = f"adata = adata[np.asarray({name}.sum(axis=1)).ravel() > 0]"
-        raise ValueError(f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}.")
+        raise ValueError(
+            f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}. Where their depth is known from "
+            "elsewhere, as in a panel of few genes, pass it as size_factor= and they stay."
+        )
     return counts
 
 

@@ -1,6 +1,7 @@
 """From data to posterior."""
 
 from perturbprob.inference.adapt import adapt
+from perturbprob.inference.caveats import AliasedWarning, UndeclaredWarning
 from perturbprob.inference.counterfactual import IllConditioned, counterfactual, translate
 from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import coherent_draws
@@ -8,7 +9,7 @@ from perturbprob.inference.effects import effects
 from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
 from perturbprob.inference.lipschitz import lipschitz_constant
 from perturbprob.inference.posterior import posterior, prior
-from perturbprob.inference.predict import AliasedWarning, UndeclaredWarning, predict, predict_assay
+from perturbprob.inference.predict import predict, predict_assay
 from perturbprob.inference.projected import Projected, projected
 from perturbprob.inference.storage import load
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded
-from perturbprob.inference.predict import Expectation
+from perturbprob.inference.expectation import Expectation
 from perturbprob.model.cells import CellTable, require_genes
 from perturbprob.model.guide import Guide
 

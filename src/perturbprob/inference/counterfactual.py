@@ -9,6 +9,7 @@ from torch import Tensor
 from perturbprob.dynamics.inverse import invert
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.screen import require_screen
+from perturbprob.inference.caveats import say_apart
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.predict import known_protocol
 from perturbprob.model.cells import Cells, CellTable
@@ -111,6 +112,7 @@ def translate(
     code = -1 if batch_to == "average" else names.batch_code(batch_to)
     require_screen(cells)
     done = cells.conditions if protocol is None else [names.protocol(protocol)] * len(cells.conditions)
+    say_apart(fit, done, [batch_to] * len(done))
     own = CellTable(fit.model, cells, batch=None if batch_from is None else names.batch_code(batch_from))
     other = CellTable(fit.model, cells, done, batch=code)
     running = _running(fit, own, other, "encoder", n_draws, 512, seed, "translate" if progress else None)

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
+from perturbprob.inference.caveats import AliasedWarning
 from perturbprob.inference.draws import check_draws, global_draws, require_posterior, seeded, warn_if_large
-from perturbprob.inference.predict import AliasedWarning, Expectation, labelled
+from perturbprob.inference.expectation import Expectation
+from perturbprob.inference.predict import labelled
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit

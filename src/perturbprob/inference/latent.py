@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from perturbprob.experiment.screen import Screen, ScreenWarning
+from perturbprob.inference.caveats import AliasedWarning
 from perturbprob.inference.draws import centre, warn_if_large
-from perturbprob.inference.predict import AliasedWarning, interpolated_log1p
+from perturbprob.inference.expectation import interpolated_log1p
 from perturbprob.model.cells import CellTable
 
 if TYPE_CHECKING:

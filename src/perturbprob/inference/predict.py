@@ -7,31 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
-from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.vocabulary import nearest
-from perturbprob.inference.draws import Sites, check_draws, check_seed, global_draws, require_fit, seeded, warn_if_large
-from perturbprob.measurement.counts import CountLaw
-from perturbprob.model.assumptions import ExchangeableBatches
+from perturbprob.inference.caveats import say_aliased, say_apart, say_far, say_untested
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.expectation import Expectation
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
 
-N_REST = 128
-"""How many rest states z₀, and size factors with them, an expectation is averaged over (the same Sobol points for every draw)."""
-CHUNK = 20_000_000
-"""How many values of rest states × conditions × genes are held at once."""
-FAR = 2.0
-"""From how many times the longest course on a prediction says that nothing was measured near."""
 SCALES = {"counts": ("rate", "counts", "log1p"), "continuous": ("value",)}
-
-
-class AliasedWarning(UserWarning):
-    """A prediction without batch effects on a screen whose batches coincide with times, media or perturbations."""
 
 
 def predict(
@@ -81,10 +69,10 @@ def predict(
         raise ValueError(f"batch= names {len(batches)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     if "new" in batches and fit.model.batch_effect.n_batches == 1:
         raise ValueError("The fit has one batch, so how far another would be off was never seen: batch='new' cannot be answered.")
-    if not (None in batches and _say_aliased(fit)):
-        _say_apart(fit, protocols, batches)
-    _say_untested(fit)
-    _say_far(fit, protocols)
+    if not (None in batches and say_aliased(fit)):
+        say_apart(fit, protocols, batches)
+    say_untested(fit)
+    say_far(fit, protocols)
     n_values = 3 * n_draws * len(protocols) * len(fit.model.vocabulary.genes)
     warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
 
@@ -139,8 +127,8 @@ def predict_assay(
         raise ValueError(f"No cell of batch {batch!r} has the assay {assay!r}, so what it does there was never seen. Name another.")
     protocols = conditions_of(fit, conditions)
     if batch is None:
-        _say_aliased(fit)
-    _say_untested(fit)
+        say_aliased(fit)
+    say_untested(fit)
 
     def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
         return expectation.assay_means(sites, part, assay)
@@ -200,78 +188,6 @@ def known_protocol(fit: "Fit", protocol: Protocol | Action) -> Protocol:
     return known
 
 
-def _say_aliased(fit: "Fit") -> bool:
-    """Say that η = 0 is not a neutral choice where every batch holds one level of a factor; return whether that is so."""
-    with_batch = sorted({f for pair in fit.trained_on["confounded"] if "batch" in pair for f in pair if f != "batch"})
-    if with_batch:
-        words = " and ".join([", ".join(with_batch), "batch"])
-        warnings.warn(
-            f"{words} are aliased in this screen: each batch holds one {with_batch[0]}, so what all cells of a {with_batch[0]} share "
-            "cannot be told from its batch effect, and the prediction at η = 0 may lack it. Name batch= to predict what that batch "
-            "would show.",
-            AliasedWarning,
-            stacklevel=3,
-        )
-    return bool(with_batch)
-
-
-class UndeclaredWarning(UserWarning):
-    """A prediction rests on an assumption that was not declared and that the screen cannot test."""
-
-
-def _say_untested(fit: "Fit") -> None:
-    """Say that unedited cells may move, where nothing shows whether they do and nobody has declared that they do not (2.3.1)."""
-    waits = {Protocol.parse(text).time for text in fit.trained_on["conditions"]}
-    confounded = any({"time", "batch"} == set(pair) for pair in fit.trained_on["confounded"])
-    if (len(waits) > 1 and not confounded) or any(bound.name == "unedited_stable" for bound in fit.model.assumptions):
-        return
-    why = "there is one time only" if len(waits) == 1 else "each time is one batch"
-    warnings.warn(
-        f"Whether unedited cells move by themselves cannot be told from this screen ({why}), and nothing is declared: part of what is "
-        "predicted may be such a drift. If they are stable, say so: node(screen, assumptions=[UneditedStable()]).",
-        UndeclaredWarning,
-        stacklevel=3,
-    )
-
-
-def _say_apart(fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None]) -> None:
-    """Say that a condition was seen in batches that share none with the one asked for, so that only priors tell the two apart."""
-    if not any(isinstance(bound.assumption, ExchangeableBatches) for bound in fit.model.assumptions):
-        return
-    import networkx
-
-    graph = networkx.Graph()
-    for text, of in fit.trained_on["conditions"].items():
-        seen = Protocol.parse(text)
-        graph.add_edges_from(((seen.perturbations, seen.media), b) for b in of)
-    for protocol, batch in zip(protocols, batches, strict=True):
-        node = (protocol.perturbations, protocol.media)
-        seen_there = networkx.has_path(graph, node, batch) if {node, batch} <= set(graph) else networkx.is_connected(graph)
-        if node in graph and not seen_there:
-            where = "the prediction at η = 0" if batch is None else f"batch {batch!r}"
-            warnings.warn(
-                f"{protocol} was seen in batches that share no condition with others, so {where} differs from them by what priors alone "
-                "say (ExchangeableBatches). Name a batch= that holds the condition, or compare within its part.",
-                AliasedWarning,
-                stacklevel=3,
-            )
-            return
-
-
-def _say_far(fit: "Fit", protocols: Sequence[Protocol]) -> None:
-    """Say that nothing was measured near a time."""
-    last = max(Protocol.parse(text).time for text in fit.trained_on["conditions"])
-    for protocol in protocols:
-        if protocol.time > FAR * last:
-            warnings.warn(
-                f"{protocol} lasts {protocol.time:g}, and the screen ends at {last:g}: so far beyond it the prediction is what the "
-                "networks and priors happen to say, and its interval is too narrow.",
-                UndeclaredWarning,
-                stacklevel=3,
-            )
-            return
-
-
 def _draws(
     fit: "Fit",
     protocols: list[Protocol],
@@ -293,99 +209,6 @@ def _draws(
             sites = expectation.complete(sites)
             means = torch.cat([mean(expectation, sites, part, share[part]) for part in expectation.parts]).cpu()
         yield means.new_zeros(len(protocols), means.shape[1]).index_add_(0, of, share * means)
-
-
-class Expectation:
-    """Averages over cells at rest z₀ ~ Normal(0, I), by the same Sobol points for every condition and draw.
-
-    One row per protocol, each in its batch (None: η = 0, "new": a batch never seen). Rows are worked through in ``parts`` that fit
-    into memory.
-    """
-
-    def __init__(
-        self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0
-    ) -> None:
-        """Encode the protocols and place the points."""
-        check_seed(seed)
-        self.fit, self.model = fit, fit.model
-        names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
-        self.new = len(names.batches)
-        codes = [-1 if b is None else self.new if b == "new" else names.batch_code(b) for b in batches]
-        self.batch = torch.tensor(codes, device=device)
-        points = SobolEngine(fit.model.n_rest + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
-        self.z = fit.model.rest_points(points[:, 1:].to(device))
-        depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
-        ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]
-        self.log_depth = ranked.to(self.z) + fit.model.log_depth
-        self.segments = [s.to(device) for s in names.encode(protocols)]
-        parts = [effect.parts(p, names.time_scale) for p in protocols]
-        self.extra = effect.unknown(parts)
-        self.rows = effect.rows(parts, self.extra).to(device)
-        size = max(1, CHUNK // (n_rest * len(names.genes)))
-        self.parts = [torch.arange(k, min(k + size, len(protocols))) for k in range(0, len(protocols), size)]
-
-    def complete(self, sites: Sites) -> Sites:
-        """Return one draw of the global sites with the effects of nodes that were not measured drawn too, and of a new batch."""
-        sites = self.model.completed(sites, self.extra)
-        return self.model.batch_effect.with_new(sites) if (self.batch == self.new).any() else sites
-
-    @torch.no_grad()
-    def log_shares(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:
-        """Return the log share of each gene in each rest state and row."""
-        return self.model.log_shares(sites, self._state(part, sites), self.rows[part])
-
-    @torch.no_grad()
-    def log_rates(self, sites: Sites, part: Int[Tensor, " part"]) -> Float[Tensor, "rest part gene"]:
-        """Return the same with the effect of each row's batch: of its name, of one never seen, or none."""
-        state = self._state(part, sites)
-        eta = self.model.batch_effect.at(sites, self.batch[part], state.z, state.media)
-        return self.model.log_shares(sites, state, self.rows[part]) + eta
-
-    @torch.no_grad()
-    def assay_means(self, sites: Sites, part: Int[Tensor, " part"], name: str) -> Float[Tensor, "part feature"]:
-        """Return the mean over cells of each row of a further assay's counts, at size factor 1."""
-        state, rows = self._state(part, sites), self.rows[part]
-        share = self.model.log_shares(sites, state, rows)
-        law = self.model.assayed(name, sites, state, share, torch.zeros_like(share[..., 0]), rows, self.batch[part])
-        return law.mean.mean(0)
-
-    def _state(self, part: Int[Tensor, " part"], sites: Sites) -> CellState:
-        """Carry the rest states through the protocols of some rows."""
-        z = self.z[:, None].expand(-1, len(part), -1)
-        return self.model.moved(sites, z, [s[part] for s in self.segments])
-
-    @torch.no_grad()
-    def means(
-        self, sites: Sites, part: Int[Tensor, " part"], scale: str, n_cells: Float[Tensor, "part 1"] | None
-    ) -> Float[Tensor, "part gene"]:
-        """Return the mean over cells of each row, with the noise of a sample of so many cells where asked."""
-        log_rate = self.log_rates(sites, part)
-        depth = self.log_depth[part].T[..., None]
-        law = self.model.law(sites, log_rate + depth)
-        own = {"rate": log_rate.exp, "log1p": lambda: interpolated_log1p(law)}.get(scale, lambda: law.mean)
-        mean = own().mean(0)
-        if n_cells is None:
-            return mean
-        variance = law.sample().log1p().var(0) if scale == "log1p" else law.variance.mean(0) + law.mean.var(0)
-        if scale == "rate":
-            variance = (law.variance / (2 * depth).exp()).mean(0) + log_rate.exp().var(0)
-        return mean + torch.randn_like(mean) * (variance / n_cells.to(mean)).sqrt()
-
-
-def interpolated_log1p(law: CountLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:
-    """Return E[log(1 + x)], or another ``moment``, of many rates that share each gene's dispersion and gate, from a table over log rates.
-
-    The table has a step of 0.05 or finer; the second derivative is at most about 0.25, so linear interpolation errs by less than 1e-4.
-    """
-    rates = law.log_rate.flatten(0, -2)
-    low, high = rates.min() - 0.1, rates.max() + 0.1
-    n = max(2, int((high - low) / 0.05) + 2)
-    grid = torch.linspace(float(low), float(high), n).to(rates)
-    table = moment(CountLaw(grid[:, None].expand(-1, rates.shape[-1]), law.dispersion, law.gate))
-    place = (rates - low) / (high - low) * (n - 1)
-    left = place.floor().long().clamp(0, n - 2)
-    part = place - left
-    return (table.gather(0, left) * (1 - part) + table.gather(0, left + 1) * part).view_as(law.log_rate)
 
 
 def labelled(

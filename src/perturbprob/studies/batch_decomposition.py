@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded, warn_if_large
-from perturbprob.inference.predict import Expectation, interpolated_log1p
+from perturbprob.inference.expectation import Expectation, interpolated_log1p
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.studies.reference_grid import ReferenceGrid
 

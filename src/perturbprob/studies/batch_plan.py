@@ -15,7 +15,7 @@ from torch.quasirandom import SobolEngine
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded
-from perturbprob.inference.predict import Expectation
+from perturbprob.inference.expectation import Expectation
 from perturbprob.inference.projected import projected
 from perturbprob.studies.layout_error import BatchPrior, Law, covariance, error_of_changes
 
