@@ -39,8 +39,8 @@ def read_counts(
     if empty.any() and not may_be_empty:
         keep = f"adata = adata[np.asarray({name}.sum(axis=1)).ravel() > 0]"
         raise ValueError(
-            f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}. Where their depth is known from "
-            "elsewhere, as in a panel of few genes, pass it as size_factor= and they stay."
+            "Cells without counts stay where their depth is known from elsewhere, as for a panel of few genes, and passed as size_factor=. "
+            f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}."
         )
     return counts
 
