@@ -387,9 +387,7 @@ def test_nontargeting_cells_may_be_a_perturbation_of_their_own():
 def test_a_cell_without_counts_in_a_panel_stays_where_its_depth_is_known():
     adata = anndata.AnnData(np.array([[0, 0], [2, 1], [0, 3]], np.float32), obs={"perturbation": ["control", "A", "A"]})
     adata.var_names = ["A", "B"]
-    with pytest.raises(
-        ValueError, match=r"stay where their depth is known .* passed as size_factor=. 1 cell .* without any count in adata.X"
-    ):
+    with pytest.raises(ValueError, match=r"stay where their depth is known .* 1 cell .* without any count in adata.X"):
         Screen.from_anndata(adata, perturbation_type="knockout")
     screen = Screen.from_anndata(adata, perturbation_type="knockout", size_factor=np.array([1.0, 1.2, 0.8]))
     assert screen.n_cells == 3

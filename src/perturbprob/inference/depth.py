@@ -1,6 +1,6 @@
 """The law of the size factor in each condition and batch, over which predictions of counts are averaged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -24,12 +24,14 @@ class DepthLaw:
 
     Depth moves with the perturbation (stressed cells leak RNA), so a prediction of counts must say at which depth. The mean of a
     condition in a batch is its cells' mean, shrunken with the weight of 20 cells to an additive forecast from perturbation, media,
-    time and batch, which also serves conditions never seen. The residual has the quantiles of all cells' residuals.
+    time and batch, which also serves conditions never seen. The residual has the quantiles of all cells' residuals, stretched by the
+    ``spread`` of a batch: its standard deviation over that of all, shrunken to 1 with the weight of 20 cells.
     """
 
     factors: dict[str, float]
     means: dict[str, tuple[float, int]]
     residual: tuple[float, ...]
+    spread: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, screen: "Screen", log_size: np.ndarray) -> Self:
@@ -46,7 +48,11 @@ class DepthLaw:
         solved = np.linalg.solve(design.T @ weight + ridge, weight.T @ mean)
         quantiles = np.quantile(log_size - mean[code], (np.arange(QUANTILES) + 0.5) / QUANTILES)
         means = {_key(p, b): (float(m), int(n)) for (p, b), m, n in zip(pairs, mean, count, strict=True)}
-        return cls(dict(zip(names, map(float, solved), strict=True)), means, tuple(map(float, quantiles)))
+        variance, n = (np.bincount(screen.batch, w, n_batches) for w in ((log_size - mean[code]) ** 2, None))
+        overall = max(float(variance.sum() / n.sum()), 1e-12)
+        ratio = np.sqrt((variance + PRIOR_CELLS * overall) / ((n + PRIOR_CELLS) * overall))
+        spread = dict(zip(screen.batches, map(float, ratio), strict=True))
+        return cls(dict(zip(names, map(float, solved), strict=True)), means, tuple(map(float, quantiles)), spread)
 
     def mean(self, protocol: Protocol, batch: str | None) -> float:
         """Return the mean log size factor of a condition in a batch; over all its batches where none is named."""
@@ -61,7 +67,7 @@ class DepthLaw:
 
     def quantiles(self, protocol: Protocol, batch: str | None) -> Float[Tensor, " quantile"]:
         """Return equally likely log size factors of a condition in a batch."""
-        return torch.tensor(self.residual) + self.mean(protocol, batch)
+        return torch.tensor(self.residual) * self.spread.get(batch or "", 1.0) + self.mean(protocol, batch)
 
     def median(self) -> float:
         """Return the median log size factor of all cells, by the law."""

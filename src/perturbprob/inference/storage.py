@@ -62,7 +62,7 @@ def load(path: str | Path, modules: dict[str, nn.Module] | None = None) -> Fit:
         kept = {name: values[name] for name in ("losses", "seed", "settings", "trained_on", "versions", "seconds")}
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged: tensors.pt does not fit fit.json. Save the fit again. ({error})") from error
-    return Fit(model=model, guide=guide, depth=DepthLaw(depth["factors"], means, tuple(depth["residual"])), **kept)
+    return Fit(model=model, guide=guide, depth=DepthLaw(depth["factors"], means, tuple(depth["residual"]), depth["spread"]), **kept)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
