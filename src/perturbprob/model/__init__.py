@@ -1,6 +1,14 @@
 """The generative story."""
 
-from perturbprob.model.assumptions import Assumption, ExchangeableBatches, Lipschitz, SilentInBaseline, SteadyState, UneditedStable
+from perturbprob.model.assumptions import (
+    Assumption,
+    ExchangeableBatches,
+    Lipschitz,
+    SelfReconstruction,
+    SilentInBaseline,
+    SteadyState,
+    UneditedStable,
+)
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.guide import Guide
 from perturbprob.model.structures import neural_sde, node, vae
@@ -11,6 +19,7 @@ __all__ = [
     "ExchangeableBatches",
     "Guide",
     "Lipschitz",
+    "SelfReconstruction",
     "SilentInBaseline",
     "SteadyState",
     "UneditedStable",

@@ -71,11 +71,8 @@ class CellModel(PyroModule):
         self.n_latent, self.n_hidden = n_latent, n_hidden
         self.assumptions = tuple(assumptions)
         for bound in self.assumptions:
-            if bound.assumption.needs_semigroup and not transition.semigroup:
-                raise ValueError(
-                    f"{type(bound.assumption).__name__} needs W(s) then W(t) to be W(s + t), and {type(transition).__name__} "
-                    "does not promise that: waiting on from a state is not defined there. Leave it out, or use node."
-                )
+            if reason := bound.assumption.refuses(transition):
+                raise ValueError(f"{type(bound.assumption).__name__} {reason}")
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
         self.register_buffer("start", start)

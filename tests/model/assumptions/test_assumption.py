@@ -127,7 +127,7 @@ def test_two_kinds_on_one_gene_are_two_conditions():
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_assumption_and_one_twice(screen):
-    with pytest.raises(TypeError, match=r"An assumption is one of ExchangeableBatches\(\.\.\.\), Lipschitz\(\.\.\.\), SilentInBaseline"):
+    with pytest.raises(TypeError, match=r"An assumption is one of ExchangeableBatches\(\.\.\.\), Lipschitz\(\.\.\.\), SelfReconstruction"):
         bind(["SteadyState"], screen)
     with pytest.raises(TypeError, match=r"takes a list; write assumptions=\[UneditedStable\("):
         bind(pb.UneditedStable(), screen)

@@ -9,6 +9,7 @@ from perturbprob.model.assumptions.assumption import Assumption, Bound, bind
 from perturbprob.model.assumptions.evidence import AssumptionTest
 from perturbprob.model.assumptions.exchangeable import ExchangeableBatches, check_connected
 from perturbprob.model.assumptions.lipschitz import Lipschitz
+from perturbprob.model.assumptions.self_reconstruction import SelfReconstruction
 from perturbprob.model.assumptions.silent import SilentInBaseline
 from perturbprob.model.assumptions.steady import SteadyState
 from perturbprob.model.assumptions.unedited_stable import UneditedStable
@@ -19,6 +20,7 @@ __all__ = [
     "Bound",
     "ExchangeableBatches",
     "Lipschitz",
+    "SelfReconstruction",
     "SilentInBaseline",
     "SteadyState",
     "UneditedStable",

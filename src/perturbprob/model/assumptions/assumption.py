@@ -17,6 +17,7 @@ from perturbprob.experiment.screen import require_screen
 from perturbprob.model.assumptions.evidence import AssumptionTest
 
 if TYPE_CHECKING:
+    from perturbprob.dynamics.transition import Transition
     from perturbprob.experiment.screen import Screen
     from perturbprob.model.cell_model import CellModel
 
@@ -88,13 +89,16 @@ class Bound:
 class Assumption(ABC):
     """Something taken to be true of the cells, made explicit."""
 
-    needs_semigroup: ClassVar[bool] = False
     optional: ClassVar[bool] = True  # whether its screens can be fitted without it
 
     @property
     def name(self) -> str:
         """The name of the term in the model: the class in snake case."""
         return "".join("_" + c.lower() if c.isupper() else c for c in type(self).__name__).lstrip("_")
+
+    def refuses(self, transition: "Transition") -> str | None:
+        """Say why a transition cannot carry it, in words that follow its name; None where it can."""
+        return None
 
     def bind(self, screen: "Screen") -> Bound:
         """Return the assumption about one screen; refuse conditions that the screen does not hold."""

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pyro
@@ -23,6 +23,7 @@ from perturbprob.model.assumptions.evidence import AssumptionTest
 from perturbprob.model.assumptions.terms import carried, log_shares, standard_error
 
 if TYPE_CHECKING:
+    from perturbprob.dynamics.transition import Transition
     from perturbprob.experiment.screen import Screen
     from perturbprob.model.cell_model import CellModel
 
@@ -52,7 +53,6 @@ class SteadyState(Assumption):
     reading: str = "own"
     scale: str = "fixed"
     relative_to_control: bool = False
-    needs_semigroup: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -82,6 +82,15 @@ class SteadyState(Assumption):
     def learns_noise(self) -> bool:
         """Whether the scale is learnt."""
         return self.scale == "learnt"
+
+    def refuses(self, transition: "Transition") -> str | None:
+        """Refuse a transition whose waits do not add up."""
+        if transition.semigroup:
+            return None
+        return (
+            f"needs W(s) then W(t) to be W(s + t), and {type(transition).__name__} does not promise that: waiting on from a state is not "
+            "defined there. Leave it out, or use node."
+        )
 
     def bind(self, screen: "Screen") -> Bound:
         """Find the last state of each condition in the screen, its weight and its noise; warn of named ones that hardly count."""
