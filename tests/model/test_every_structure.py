@@ -65,10 +65,11 @@ def waits(*times: float) -> list[Segment]:
 
 def test_waits_add_up_where_the_structure_says_so(fit: pb.Fit) -> None:
     """W(s) then W(t) is W(s + t) for a semigroup; for L it is not defined, and not so by chance."""
-    if fit.model.transition.noise_shape:  # in law alone: tests/dynamics/test_neural_sde.py
-        assert not fit.model.transition.invertible
+    z, sites = torch.randn(5, fit.model.rest_size), centre(fit.model, fit.guide)
+    if fit.model.transition.noise_shape:  # in law alone (tests/dynamics/test_neural_sde.py), and with noise for each wait
+        with pytest.raises(ValueError, match="A protocol has 2 waits, and this transition was made with noise for 1"):
+            fit.model.moved(sites, z, [s[torch.zeros(5, dtype=torch.long)] for s in waits(1.0, 0.5)])
         return
-    z, sites = torch.randn(5, 2), centre(fit.model, fit.guide)
     with torch.no_grad():
         at_once, in_two = (
             fit.model.moved(sites, z, [s[torch.zeros(5, dtype=torch.long)] for s in waits(*times)]) for times in ((1.5,), (1.0, 0.5))
@@ -79,7 +80,7 @@ def test_waits_add_up_where_the_structure_says_so(fit: pb.Fit) -> None:
 
 
 def test_nothing_happens_at_time_0(fit: pb.Fit) -> None:
-    z = torch.randn(4, fit.model.n_rest)
+    z = torch.randn(4, fit.model.rest_size)
     with torch.no_grad():
         state = fit.model.moved(centre(fit.model, fit.guide), z, [s[torch.zeros(4, dtype=torch.long)] for s in waits(0.0)])
     torch.testing.assert_close(state.z, z[:, : fit.model.n_latent])

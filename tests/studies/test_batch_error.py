@@ -103,7 +103,7 @@ def by_hand(fit: pb.Fit, screen: pb.Screen, n_points: int) -> dict[str, np.ndarr
     model, step = fit.model, 1e-2
     batches, conditions = screen.batches, list(screen.conditions)
     sites = next(iter(global_draws(model, fit.guide, 1, 0)))
-    uniform = SobolEngine(model.n_rest, scramble=True, seed=0).draw(n_points).clamp(1e-6, 1 - 1e-6)
+    uniform = SobolEngine(model.rest_size, scramble=True, seed=0).draw(n_points).clamp(1e-6, 1 - 1e-6)
     z = model.rest_points(uniform)[:, None].expand(-1, len(conditions), -1)
     control = pb.projected(fit, [pb.Protocol([pb.Wait(p.time)]) for p in conditions], sites=sites)
     ends = {b: pb.projected(fit, conditions, sites=sites, batch_to=b) for b in batches}

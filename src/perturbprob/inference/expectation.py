@@ -39,7 +39,7 @@ class Expectation:
         self.new = len(names.batches)
         codes = [-1 if b is None else self.new if b == "new" else names.batch_code(b) for b in batches]
         self.batch = torch.tensor(codes, device=device)
-        points = SobolEngine(fit.model.n_rest + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
+        points = SobolEngine(fit.model.rest_size + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
         self.z = fit.model.rest_points(points[:, 1:].to(device))
         depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
         ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]

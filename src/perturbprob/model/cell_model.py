@@ -78,7 +78,7 @@ class CellModel(PyroModule):
         self.register_buffer("start", start)
 
     @property
-    def n_rest(self) -> int:
+    def rest_size(self) -> int:
         """How many numbers make a cell at rest: its state z₀, and the noise that its transition wants."""
         return self.n_latent + (math.prod(self.transition.noise_shape) if self.transition.noise_shape else 0)
 
@@ -110,7 +110,7 @@ class CellModel(PyroModule):
         """Return the law of z₀ for each cell, and of the noise of its way behind it: Normal(0, I), or the known start."""
         if self.start is not None:
             return dist.Delta(self.start.expand(n_cells, -1), event_dim=1)
-        return dist.Normal(self.log_share.new_zeros(n_cells, self.n_rest), 1.0).to_event(1)
+        return dist.Normal(self.log_share.new_zeros(n_cells, self.rest_size), 1.0).to_event(1)
 
     def rest_points(self, uniform: Float[Tensor, "point rest"]) -> Float[Tensor, "point rest"]:
         """Turn uniform points into rest states of the law `at_rest`."""

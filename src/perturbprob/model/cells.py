@@ -111,6 +111,7 @@ class CellTable:
         # size factors count in the depth of their own screen, which is not that of the screen the model was made for
         relative = np.log(screen.size_factor) + np.log(screen.depth) - float(model.log_depth)
         self.log_size_factor = torch.as_tensor(relative, dtype=torch.float32)
+        self.standard_error = None if screen.standard_error is None else torch.from_numpy(_filled(screen.standard_error))
 
     def sites(self, draw: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return one draw of the global sites with the condition effects of this screen's own conditions added."""
@@ -118,7 +119,7 @@ class CellTable:
 
     def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
         """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells."""
-        counts, known = torch.from_numpy(self.screen.counts[index.numpy()].toarray()), self.screen.standard_error
+        counts = torch.from_numpy(self.screen.counts[index.numpy()].toarray())
         condition, device = self.condition[index], self.model.log_share.device
         return Cells(
             total=self.screen.n_cells if total is None else total,
@@ -130,7 +131,7 @@ class CellTable:
             counts=counts.to(device=device, dtype=torch.float32),
             warmth=warmth,
             condition=condition.to(device),
-            standard_error=None if known is None else torch.from_numpy(_filled(known)[index.numpy()]).to(device),
+            standard_error=None if self.standard_error is None else self.standard_error[index].to(device),
             present=None if self.screen.present is None else torch.from_numpy(self.screen.present[index.numpy()]).to(device),
             assays={name: self._seen(name, index) for name in self.assays},
         )

@@ -34,10 +34,10 @@ LARGEST_BLOCK = 20_000_000
 class Encoder(nn.Module):
     """V⁻¹: the law of a cell's rest state z₀ given its counts, its protocol and its batch."""
 
-    def __init__(self, n_genes: int, n_context: int, n_rest: int, *, n_hidden: int = 128) -> None:
+    def __init__(self, n_genes: int, n_context: int, rest_size: int, *, n_hidden: int = 128) -> None:
         """Make the network; ``n_context`` is the width of what is known of a cell beside its counts."""
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(n_genes + n_context, n_hidden), nn.ReLU(), nn.Linear(n_hidden, 2 * n_rest))
+        self.network = nn.Sequential(nn.Linear(n_genes + n_context, n_hidden), nn.ReLU(), nn.Linear(n_hidden, 2 * rest_size))
 
     def forward(self, log_counts: Float[Tensor, "*plate cell gene"], context: Float[Tensor, "*plate cell context"]) -> dist.Distribution:
         """Return a normal law for each cell."""
@@ -73,7 +73,7 @@ class Guide(PyroModule):
         self.register_buffer("known_start", model.start)
         self.encodes = encodes and model.start is None
         if self.encodes:
-            self.encoder = Encoder(len(names.genes), n_context, model.n_rest, n_hidden=model.n_hidden)
+            self.encoder = Encoder(len(names.genes), n_context, model.rest_size, n_hidden=model.n_hidden)
         self.register_buffer("node_design", node_design)
         with torch.random.fork_rng():
             trace = pyro.poutine.trace(model.globals).get_trace()

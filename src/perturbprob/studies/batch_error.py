@@ -100,7 +100,7 @@ def batch_error(fit: "Fit", screen: Screen, *, n_draws: int = 20, n_points: int 
     if not sources:
         raise ValueError("No fitted batch holds control cells in baseline media (V_00 is empty), so there is no x^b' to start from.")
     conditions = [fit.model.vocabulary.protocol(p) for p in screen.conditions]
-    uniform = SobolEngine(fit.model.n_rest, scramble=True, seed=seed).draw(n_points).clamp(1e-6, 1 - 1e-6)
+    uniform = SobolEngine(fit.model.rest_size, scramble=True, seed=seed).draw(n_points).clamp(1e-6, 1 - 1e-6)
     size = max(1, CHUNK // (n_points * len(fit.model.vocabulary.genes)))
     parts = [conditions[k : k + size] for k in range(0, len(conditions), size)]
     found = []

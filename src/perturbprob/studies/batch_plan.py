@@ -156,7 +156,7 @@ def plan_batches(
 def _from_fit(fit: "Fit", tables: list[pd.DataFrame], of: str, n_draws: int, n_points: int, seed: int, progress: bool) -> list[list[float]]:
     """Return the error of each draw and layout."""
     plans = [_FittedTable(fit, table) for table in tables]
-    uniform = SobolEngine(fit.model.n_rest, scramble=True, seed=seed).draw(n_points).clamp(1e-6, 1 - 1e-6)
+    uniform = SobolEngine(fit.model.rest_size, scramble=True, seed=seed).draw(n_points).clamp(1e-6, 1 - 1e-6)
     values = []
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="plan" if progress else None)):
         row = []

@@ -25,7 +25,7 @@ N_REST = 32
 def rest_points(model: "CellModel", n_conditions: int) -> Float[Tensor, "rest condition latent"]:
     """Return the same rest states for each condition."""
     n_rest = 1 if model.start is not None else N_REST
-    uniform = SobolEngine(model.n_rest, scramble=True, seed=0).draw(n_rest).clamp(1e-6, 1 - 1e-6).to(model.log_share)
+    uniform = SobolEngine(model.rest_size, scramble=True, seed=0).draw(n_rest).clamp(1e-6, 1 - 1e-6).to(model.log_share)
     return model.rest_points(uniform)[:, None].expand(-1, n_conditions, -1)
 
 
