@@ -11,6 +11,7 @@ import torch
 
 import perturbprob as pb
 from perturbprob.dynamics import SolverError
+from perturbprob.inference.fit import _Training
 from perturbprob.inference.verdict import verdict
 
 SETTINGS = {"epochs": 2, "warmup": 1, "progress": False}
@@ -174,3 +175,17 @@ def test_a_wait_that_cannot_be_solved_names_condition_and_span(small: pb.Screen)
     with pytest.raises(SolverError, match=r"could not be solved with \d+ steps.*Worst: .*Wait\(.*lower learning_rate") as caught:
         pb.fit(pb.node(small, 2, field=Explosive()), small, **SETTINGS)
     assert "Trace Shapes" not in str(caught.value)
+
+
+def test_the_dispersion_stays_at_the_moments_until_the_warm_up_is_over(small: pb.Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, epoch = [], _Training._epoch
+
+    def recorded(self: _Training, optimiser: torch.optim.Optimizer) -> float:
+        """Keep the dispersion as it is after each epoch."""
+        loss = epoch(self, optimiser)
+        at.append(self.guide.dispersion_loc.detach().clone())
+        return loss
+
+    monkeypatch.setattr(_Training, "_epoch", recorded)
+    pb.fit(pb.node(small, 2), small, epochs=6, warmup=3, progress=False)
+    assert [torch.equal(now, at[0]) for now in at] == [True, True, False, False, False, False]

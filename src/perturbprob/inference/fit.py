@@ -129,8 +129,8 @@ def fit(
     32 and at most 256), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
-    is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1. ``seed`` fixes the
-    start of the guide,
+    is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1, and the dispersion of
+    counts stays where their moments put it. ``seed`` fixes the start of the guide,
     the order of the cells and all draws; the user's own random state is left alone.
     ``objective="paths"`` fits no posterior but the deterministic F on the pairs of eq 5, by the ``distance`` between predicted and
     measured ends: "mse" of pseudobulk rows, or "moment", "energy", "sinkhorn", "mmd" between sets of cells (eq 23). Counts are compared
@@ -222,6 +222,7 @@ class _Training:
     def _epoch(self, optimiser: torch.optim.Optimizer) -> float:
         """Take one pass over the training cells; return the mean loss per cell and gene."""
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
+        self.guide.hold_dispersion(held=self._warmth() < 1)
         for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
             cells = self.table.cells(index, len(self.training), self._warmth())
             loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)

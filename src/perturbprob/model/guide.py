@@ -145,6 +145,16 @@ class Guide(PyroModule):
         prior = torch.cat([torch.ones(1), *(torch.full((n,), scale[name] ** -2) for name, n in kinds.items())])
         self.block_log_scale.copy_(-0.5 * (design.square().T @ information + prior[:, None]).T.log())
 
+    def hold_dispersion(self, *, held: bool) -> None:
+        """Keep the dispersion where `start` put it, or let it go.
+
+        There all variance beyond Poisson is the genes' own, so a latent dimension is of use only for what genes share. Were it free
+        while the KL term has little weight, a spare dimension would take the noise of one gene and keep it.
+        """
+        if "dispersion" in self.support:
+            self.dispersion_loc.requires_grad_(not held)
+            self.dispersion_log_scale.requires_grad_(not held)
+
     @torch.no_grad()
     def sharpen(self) -> None:
         """Draw every global site at its centre from now on: the guide of a deterministic fit."""
