@@ -25,7 +25,7 @@ def latent(fit: "Fit", screen: "Screen", *, minibatch: int = 1024) -> dict[str, 
     sites = table.sites(centre(fit.model, fit.guide))
     rest, state = [], []
     for cells in table.minibatches(minibatch):
-        rest.append(fit.guide.rest(cells).mean[:, : fit.model.n_latent].cpu().numpy())
+        rest.append(fit.model.resting(fit.guide.rest(cells).mean).cpu().numpy())
         state.append(fit.model.moved(sites, fit.guide.rest(cells).mean, cells.protocol).z.cpu().numpy())
     return {"rest": np.concatenate(rest), "state": np.concatenate(state)}
 

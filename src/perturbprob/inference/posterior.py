@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
 
 DIMS: dict[str, tuple[str, ...]] = {
+    "network": ("gene", "regulator"),
+    "edge_gate": ("gene", "regulator"),
+    "edge_inclusion": (),
+    "edge_scale": (),
+    "perturbation_own": ("perturbation",),
+    "interference_strength": ("interference",),
+    "activation_strength": ("activation",),
     "batch_effect": ("batch", "gene"),
     "batch_scale_overall": (),
     "batch_scale": ("gene",),
@@ -137,6 +144,9 @@ def coordinates(model: "CellModel") -> dict[str, Any]:
         **{f"{name}_linked": list(head.linked) for name, head in model.assays.items()},
         "batch": list(names.batches),
         "gene": list(names.genes),
+        "regulator": list(names.genes),
+        "interference": [p.gene for p in names.perturbations if p.symbol == "↓"],
+        "activation": [p.gene for p in names.perturbations if p.symbol == "↑"],
         "perturbation": genes if len(set(genes)) == len(genes) else list(map(repr, names.perturbations)),
         "media": list(names.media),
         "batch_covariate": list(batches) if isinstance(batches := model.recipe.get("arguments", {}).get("batch_effect"), dict) else [],

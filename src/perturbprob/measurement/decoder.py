@@ -25,6 +25,15 @@ class Decoder(nn.Module):
 
 
 @final
+class LogRate(nn.Module):
+    """The state is how far log rates are from those of the median cell, as in gene space: log share = log softmax(z + offset)."""
+
+    def forward(self, z: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return the log share."""
+        return torch.log_softmax(z + offset, -1)
+
+
+@final
 class Identity(nn.Module):
     """The state is the values themselves, as in gene space: location = z + offset."""
 

@@ -11,7 +11,7 @@ from perturbprob.model.assumptions import (
 )
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.guide import Guide
-from perturbprob.model.structures import neural_sde, node, vae
+from perturbprob.model.structures import causal_context, neural_sde, node, vae
 
 __all__ = [
     "Assumption",
@@ -23,6 +23,7 @@ __all__ = [
     "SilentInBaseline",
     "SteadyState",
     "UneditedStable",
+    "causal_context",
     "neural_sde",
     "node",
     "vae",

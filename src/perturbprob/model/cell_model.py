@@ -17,7 +17,7 @@ from perturbprob.experiment.vocabulary import Segment, Vocabulary
 from perturbprob.measurement.assays import AssayHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead
-from perturbprob.measurement.decoder import Decoder, Identity
+from perturbprob.measurement.decoder import Decoder, Identity, LogRate
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
@@ -34,6 +34,8 @@ class CellModel(PyroModule):
     Main arguments: the slots. ``transition`` moves the latent state (W∘M∘P, eq 4), ``decoder`` and ``measurement`` see it (V, eq 10),
     ``batch_effect`` is η^b (eq 15), ``condition_effect`` what a condition does to single genes beyond the latent state, ``mark_effect``
     what perturbations and media add to the push.
+    ``programmes`` are the few directions in which cells at rest differ, where the state has an axis for each gene; without them every
+    axis of the state differs on its own.
     ``assays`` see the same state beside RNA, by name, any subset in each cell.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
     ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
@@ -45,7 +47,7 @@ class CellModel(PyroModule):
         self,
         vocabulary: Vocabulary,
         transition: Transition,
-        decoder: Decoder | Identity,
+        decoder: Decoder | LogRate | Identity,
         measurement: CountHead | Normal,
         batch_effect: BatchEffect,
         condition_effect: ConditionEffect,
@@ -53,6 +55,7 @@ class CellModel(PyroModule):
         *,
         n_latent: int,
         n_hidden: int = 128,
+        programmes: nn.Linear | None = None,
         log_share: Float[Tensor, " gene"],
         log_depth: float,
         start: Float[Tensor, " latent"] | None = None,
@@ -68,7 +71,7 @@ class CellModel(PyroModule):
         self.assays = cast("dict[str, AssayHead]", nn.ModuleDict(assays or {}))
         own = {name: ConditionEffect(condition_effect.nodes, len(head.features), name) for name, head in self.assays.items()}
         self.assay_effects = cast("dict[str, ConditionEffect]", nn.ModuleDict(own))
-        self.n_latent, self.n_hidden = n_latent, n_hidden
+        self.n_latent, self.n_hidden, self.programmes = n_latent, n_hidden, programmes
         self.assumptions = tuple(assumptions)
         for bound in self.assumptions:
             if reason := bound.assumption.refuses(transition):
@@ -80,7 +83,17 @@ class CellModel(PyroModule):
     @property
     def rest_size(self) -> int:
         """How many numbers make a cell at rest: its state z₀, and the noise that its transition wants."""
-        return self.n_latent + (math.prod(self.transition.noise_shape) if self.transition.noise_shape else 0)
+        return self._n_rest + (math.prod(self.transition.noise_shape) if self.transition.noise_shape else 0)
+
+    @property
+    def _n_rest(self) -> int:
+        """How many numbers make z₀."""
+        return self.n_latent if self.programmes is None else self.programmes.in_features
+
+    def resting(self, z: Float[Tensor, "*plate cell rest"]) -> Float[Tensor, "*plate cell latent"]:
+        """Return z₀, the state of a cell at rest, from the numbers that make it."""
+        own = z[..., : self._n_rest]
+        return own if self.programmes is None else self.programmes(own)
 
     def forward(self, cells: Cells) -> None:
         """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
@@ -124,8 +137,8 @@ class CellModel(PyroModule):
         """Carry cells at rest through their protocols; return the state at the end of each segment."""
         try:
             shape = self.transition.noise_shape
-            noise = z[..., self.n_latent :].unflatten(-1, shape) if shape else None
-            return self.transition.course(z[..., : self.n_latent], protocol, self.pushes(sites), noise)
+            noise = z[..., self._n_rest :].unflatten(-1, shape) if shape else None
+            return self.transition.course(self.resting(z), protocol, self.pushes(sites), noise)
         except SolverError as error:
             worst = self._described(protocol, error.cell) if error.cell >= 0 else "not known"
             advice = "Wait no longer than was measured, lower learning_rate, or give a smoother field."
@@ -142,8 +155,7 @@ class CellModel(PyroModule):
 
     def pushes(self, sites: dict[str, Tensor]) -> Effects:
         """Return what perturbations and media add to the push, in the words of the transition."""
-        none = self.log_share.new_zeros(0, self.n_latent)
-        return Effects(sites.get("perturbation_effect", none), sites.get("media_effect", none))
+        return self.mark_effect.pushes(sites)
 
     def log_shares(self, sites: dict[str, Tensor], state: CellState, rows: Int[Tensor, "cell part"]) -> Float[Tensor, "*plate cell gene"]:
         """Return the log of each gene's expected share of a cell's counts, before batch effects."""

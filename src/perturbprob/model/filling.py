@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from perturbprob.dynamics.causal_context import CausalContext
 from perturbprob.dynamics.latent_shift import Additive, LatentShift, Network, Unmoved
 from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
 from perturbprob.dynamics.neural_sde import NeuralSDE
@@ -24,12 +25,13 @@ from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.assays import AssayHead, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from perturbprob.measurement.decoder import Decoder, Identity
+from perturbprob.measurement.decoder import Decoder, Identity, LogRate
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.assumptions import Assumption, Bound, UneditedStable, bind, check_connected
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.condition_effect import ConditionEffect, nodes
 from perturbprob.model.mark_effect import MarkEffect, ShrunkEffect, SparseEffect
+from perturbprob.model.network_effect import NetworkEffect
 
 HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
@@ -51,10 +53,15 @@ BATCH_EFFECTS = ("constant", "state")
 
 @dataclass(frozen=True)
 class Slots:
-    """What a structure fills by itself: how waiting moves the state, and what marks add to the push."""
+    """What a structure fills by itself: how waiting moves the state, and what marks add to the push.
+
+    ``in_genes`` says that the state is how far the log rate of each gene is from the median cell's: then few programmes make a cell at
+    rest, no network decodes, and all that a condition does is in the state.
+    """
 
     transition: Transition
     mark_effect: MarkEffect
+    in_genes: bool = False
 
 
 def _node(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None) -> Slots:
@@ -79,16 +86,29 @@ def _vae(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | No
     return Slots(LatentShift(n_latent, field=_stable(facts, shift)), effect(facts["vocabulary"], n_latent))
 
 
+def _causal_context(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None) -> Slots:
+    """Fill the slots with a network over genes."""
+    start, drifts = facts["start"], not _declared(facts)
+    centre = torch.zeros_like(facts["log_share"]) if start is None else start
+    transition = CausalContext(centre, drifts=drifts, solver=Solver(arguments["solver"]))
+    return Slots(transition, NetworkEffect(facts["vocabulary"]), in_genes=True)
+
+
+def _declared(facts: dict[str, Any]) -> bool:
+    """Say whether unedited cells are declared to stay where they are."""
+    return any(isinstance(bound.assumption, UneditedStable) for bound in facts["assumptions"])
+
+
 def _stable(facts: dict[str, Any], field: nn.Module) -> nn.Module:
     """Return a field that does not move unmarked cells, where that is declared."""
-    declared = any(isinstance(bound.assumption, UneditedStable) for bound in facts["assumptions"])
-    return Stable(field) if declared else field
+    return Stable(field) if _declared(facts) else field
 
 
 STRUCTURES: dict[str, Callable[[dict[str, Any], dict[str, Any], nn.Module | None], Slots]] = {
     "node": _node,
     "vae": _vae,
     "neural_sde": _neural_sde,
+    "causal_context": _causal_context,
 }
 
 
@@ -227,27 +247,35 @@ def _heads(facts: dict[str, Any], n_latent: int, n_hidden: int) -> dict[str, Ass
     return heads
 
 
+def _programmes(n_latent: int, n_genes: int) -> nn.Linear:
+    """Make the programmes in which cells at rest differ."""
+    return nn.Linear(n_latent, n_genes, bias=False)
+
+
 def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
     """Fill the slots from the facts of a screen and the arguments of a structure."""
     vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
     n_genes, start = len(vocabulary.genes), facts["start"]
     bound: list[Bound] = facts["assumptions"]
     slots = STRUCTURES[structure](facts, arguments, field)
+    in_genes = slots.in_genes and start is None
+    n_state = n_genes if in_genes else n_latent
     return CellModel(
         vocabulary,
         slots.transition,
-        Decoder(n_latent, n_genes, n_hidden=n_hidden) if start is None else Identity(),
+        Identity() if start is not None else LogRate() if in_genes else Decoder(n_latent, n_genes, n_hidden=n_hidden),
         HEADS[arguments["measurement"]](n_genes),
-        _batches(facts, arguments["batch_effect"], n_latent),
-        ConditionEffect(facts["nodes"], n_genes),
+        _batches(facts, arguments["batch_effect"], n_state),
+        ConditionEffect([] if in_genes else facts["nodes"], n_genes),
         slots.mark_effect,
-        n_latent=n_latent,
+        n_latent=n_state,
         n_hidden=n_hidden,
+        programmes=_programmes(n_latent, n_genes) if in_genes else None,
         log_share=facts["log_share"],
         log_depth=facts["log_depth"],
         start=start,
         assumptions=bound,
-        assays=_heads(facts, n_latent, n_hidden),
+        assays=_heads(facts, n_state, n_hidden),
         recipe={
             "structure": structure,
             "arguments": arguments,

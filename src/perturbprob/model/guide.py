@@ -84,7 +84,8 @@ class Guide(PyroModule):
         for name in self.independent:
             start = self.transform(name).inv(_middle(sites[name]))
             setattr(self, f"{name}_loc", nn.Parameter(start.clone()))
-            setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, -2.3)))
+            width = 1.29 if name.endswith("gate_logit") else -2.3  # a gate starts as open as its prior: log of π / √3 / λ
+            setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, width)))
         if self.blocked:
             self._start_block(model)
         shape = (len(node_design), len(names.genes))

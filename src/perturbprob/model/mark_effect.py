@@ -9,6 +9,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from perturbprob.dynamics.transition import Effects
 from perturbprob.experiment.vocabulary import Vocabulary
 
 TEMPERATURE = 0.5
@@ -36,6 +37,11 @@ class MarkEffect(PyroModule):
                 scale = pyro.sample(f"{kind}_scale", dist.LogNormal(self.zero.expand(n) - 0.7, 0.7).to_event(1))
                 sites |= self.effects(kind, scale[:, None].expand(-1, self.n_latent))
         return sites
+
+    def pushes(self, sites: dict[str, Tensor]) -> Effects:
+        """Return what one draw of the marks adds to the push, in the words of the transition."""
+        none = self.zero.new_zeros(0, self.n_latent)
+        return Effects(sites.get("perturbation_effect", none), sites.get("media_effect", none))
 
     @abstractmethod
     def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:

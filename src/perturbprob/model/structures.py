@@ -10,6 +10,9 @@ from perturbprob.model.assumptions import Assumption, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.filling import SHIFTS, make
 
+MOST_GENES = 1000
+"""The most genes of a causal context: each may regulate each."""
+
 
 def node(
     screen: Screen,
@@ -141,5 +144,52 @@ def neural_sde(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=field,
+        seed=seed,
+    )
+
+
+def causal_context(
+    screen: Screen,
+    n_latent: int | None = None,
+    *,
+    assumptions: Sequence[Assumption] = (),
+    measurement: str | None = None,
+    batch_effect: str | pd.DataFrame = "constant",
+    n_hidden: int = 128,
+    solver: str = "rk4",
+    seed: int = 0,
+) -> CellModel:
+    """A sparse signed network over genes with a posterior, each perturbation on its own gene, media and time around it (Figure 8).
+
+    The state is how far the log rate of each gene is from that of the median cell. Each gene is made by the products of others through W
+    and decays; a knock-out takes the product of its gene away (its transcript goes on), interference scales it, activation adds to it
+    (`CausalContext`, `NetworkEffect`). Cells at rest differ in ``n_latent`` programmes (default 10). The posterior holds ``network``
+    (gene, regulator), the signed weights, and ``edge_gate``, how open each edge is. Edges from genes that nothing perturbs rest on
+    what other genes did to them, and may be any of several networks. The other arguments are those of `node`.
+
+    Raises ValueError for more than 1,000 genes, and where a perturbed gene is not among them.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.causal_context(screen, n_latent=2), screen, epochs=2, progress=False)
+    >>> dict(pb.posterior(fit, 5).posterior["network"].sizes)
+    {'chain': 1, 'draw': 5, 'gene': 10, 'regulator': 10}
+    """
+    if screen.n_genes > MOST_GENES:
+        raise ValueError(
+            f"causal_context is in gene space, where {screen.n_genes:,} genes would be {screen.n_genes**2:,} edges; it takes at most "
+            f"{MOST_GENES:,}. Select genes before reading the screen, the perturbed ones among them: "
+            "scanpy.pp.highly_variable_genes, then adata[:, adata.var.highly_variable | adata.var_names.isin(perturbed)]."
+        )
+    return make(
+        screen,
+        "causal_context",
+        {"solver": solver},
+        n_latent=n_latent,
+        assumptions=assumptions,
+        measurement=measurement,
+        batch_effect=batch_effect,
+        n_hidden=n_hidden,
+        field=None,
         seed=seed,
     )
