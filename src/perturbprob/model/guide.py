@@ -82,10 +82,10 @@ class Guide(PyroModule):
         self.independent = [name for name in sites if name not in (*self.blocked, CONDITIONS)]
         self.support = {name: sites[name]["fn"].support for name in self.independent}
         for name in self.independent:
-            start = self.transform(name).inv(_middle(sites[name]))
+            gate = name.endswith("gate_logit")  # somewhat closed: a gate that starts open leaves it to its slab to close the way
+            start = self.transform(name).inv(_middle(sites[name])) if not gate else torch.full_like(sites[name]["value"], -1.0)
             setattr(self, f"{name}_loc", nn.Parameter(start.clone()))
-            width = 1.29 if name.endswith("gate_logit") else -2.3  # a gate starts as open as its prior: log of π / √3 / λ
-            setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, width)))
+            setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, -1.0 if gate else -2.3)))
         if self.blocked:
             self._start_block(model)
         shape = (len(node_design), len(names.genes))

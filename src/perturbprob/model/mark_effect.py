@@ -12,8 +12,14 @@ from torch import Tensor
 from perturbprob.dynamics.transition import Effects
 from perturbprob.experiment.vocabulary import Vocabulary
 
-TEMPERATURE = 0.5
-"""How far gates are from being 0 or 1: at 0.5 two thirds of a gate's prior with even odds is outside 0.2 to 0.8."""
+TEMPERATURE = 0.2
+"""How far gates are from being 0 or 1: at 0.2 a gate of even odds is outside 0.2 to 0.8 with probability 0.86."""
+
+
+def sample_gate(name: str, share: Tensor, shape: torch.Size) -> Tensor:
+    """Sample gates of a relaxed Bernoulli(π) at temperature λ: gate = sigmoid(u / λ), u ~ Logistic(logit π, 1), the site ``name``."""
+    law = dist.Logistic(torch.logit(share).expand(shape), 1.0)
+    return torch.sigmoid(pyro.sample(name, law.to_event(len(shape))) / TEMPERATURE)
 
 
 class MarkEffect(PyroModule):
@@ -62,15 +68,14 @@ class ShrunkEffect(MarkEffect):
 class SparseEffect(MarkEffect):
     """e = gate · slab: each perturbation shifts few axes (sparse additive mechanism shifts; relaxed spike and slab).
 
-    slab ~ Normal(0, s²); gate = sigmoid(u), u ~ Logistic(logit π / λ, 1 / λ), which is a relaxed Bernoulli(π) at temperature λ = 0.5;
+    slab ~ Normal(0, s²); gate = sigmoid(u / λ), u ~ Logistic(logit π, 1), which is a relaxed Bernoulli(π) at temperature λ = 0.2;
     π ~ Beta(1, 4) for each kind. The posterior of a gate says how probably a mark acts on an axis.
     """
 
     def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:
         """Sample gates and slabs, and return their product."""
         share = pyro.sample(f"{kind}_inclusion", dist.Beta(self.zero + 1.0, self.zero + 4.0))
-        law = dist.Logistic((torch.logit(share) / TEMPERATURE).expand(scale.shape), 1 / TEMPERATURE)
-        gate = torch.sigmoid(pyro.sample(f"{kind}_gate_logit", law.to_event(2)))
+        gate = sample_gate(f"{kind}_gate_logit", share, scale.shape)
         slab = pyro.sample(f"{kind}_slab", dist.Normal(torch.zeros_like(scale), scale).to_event(2))
         found = {f"{kind}_gate": gate, f"{kind}_effect": gate * slab}
         return {name: pyro.deterministic(name, value, event_dim=2) for name, value in found.items()}

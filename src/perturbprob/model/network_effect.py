@@ -9,14 +9,14 @@ from torch import Tensor
 
 from perturbprob.dynamics.causal_context import NetworkEffects
 from perturbprob.experiment.vocabulary import Vocabulary
-from perturbprob.model.mark_effect import TEMPERATURE, MarkEffect
+from perturbprob.model.mark_effect import MarkEffect, sample_gate
 
 
 @final
 class NetworkEffect(MarkEffect):
     """W = gate · slab for each regulator of each gene but itself (relaxed spike and slab), and each perturbation on its own gene alone.
 
-    slab ~ Normal(0, s²), log s ~ Normal(−0.7, 0.7); gate = sigmoid(u), u ~ Logistic(logit π / λ, 1 / λ), λ = 0.5; π ~ Beta(1, 9) is the
+    slab ~ Normal(0, s²), log s ~ Normal(−0.7, 0.7); gate = sigmoid(u / λ), u ~ Logistic(logit π, 1), λ = 0.2; π ~ Beta(1, 9) is the
     share of edges. × takes all product of its gene away; ↓ a share ~ Beta(2, 2) (site ``interference_strength``), ↑ adds
     ~ LogNormal(0, 0.7) of the product at rest (``activation_strength``). What a perturbation adds to the transcript of its own gene is
     ``perturbation_own`` ~ Normal(0, s_p²); media act on every gene. What a gene does to itself is not told apart from its decay,
@@ -42,8 +42,7 @@ class NetworkEffect(MarkEffect):
     def forward(self) -> dict[str, Tensor]:
         """Sample the network beside the effects of media and perturbations."""
         share = pyro.sample("edge_inclusion", dist.Beta(self.zero + 1.0, self.zero + 9.0))
-        law = dist.Logistic((torch.logit(share) / TEMPERATURE).expand(self.others.shape), 1 / TEMPERATURE)
-        gate = torch.sigmoid(pyro.sample("edge_gate_logit", law.to_event(2)))
+        gate = sample_gate("edge_gate_logit", share, self.others.shape)
         scale = pyro.sample("edge_scale", dist.LogNormal(self.zero - 0.7, 0.7))
         slab = pyro.sample("edge_slab", dist.Normal(torch.zeros_like(self.others), scale).to_event(2))
         found = {"edge_gate": gate * self.others, "network": gate * slab * self.others}
