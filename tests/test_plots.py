@@ -409,3 +409,20 @@ def test_pseudotime_of_chosen_perturbations_in_a_figure_of_ones_own(ordered):
     assert [label.removeprefix("● ") for label in names_of(figure.axes[0])] == [name]
     with pytest.raises(ValueError, match="no perturbation 'nobody'"):
         plots.pseudotime(ordered, ["nobody"])
+
+
+def test_a_network_is_drawn_with_its_probable_edges_alone():
+    weight = np.array([[np.nan, 1.0, 0.0], [-0.5, np.nan, 0.2], [0.0, 0.0, np.nan]])
+    probability = np.array([[np.nan, 0.9, 0.1], [0.7, np.nan, 0.3], [0.0, 0.2, np.nan]])
+    genes = ["A", "B", "C"]
+    edges = xr.Dataset(
+        {name: (("gene", "regulator"), value) for name, value in (("weight", weight), ("probability", probability))},
+        {"gene": genes, "regulator": genes, "perturbed": ("regulator", [True, False, True])},
+    )
+    figure = pb.plots.network(edges)
+    assert {text.get_text() for text in figure.axes[0].texts} == {"A", "B"}
+    assert figure.axes[0].get_title() == "2 edges of probability 0.5 or more"
+    assert len(figure.axes[0].patches) == 2
+    assert pb.plots.network(edges, least=0.95).axes[0].get_title() == "0 edges of probability 0.95 or more"
+    with pytest.raises(ValueError, match="least is a probability, from 0 to 1"):
+        pb.plots.network(edges, least=2)

@@ -85,9 +85,23 @@ def test_it_finds_the_edges_of_a_network() -> None:
     """Every gene knocked out once; the targets of the issue are the benchmark's, on larger screens."""
     simulation = pb.simulate(n_cells=1200, n_genes=10, n_perturbations=10, times=(2.0,), n_batches=2, seed=1)
     fit = pb.fit(pb.causal_context(simulation.screen, n_latent=3), simulation.screen, epochs=25, minibatch=64, progress=False)
-    found, truth = pb.posterior(fit, 100).posterior, simulation.truth["network"].values
+    found, truth = pb.edges(fit, n_draws=100), simulation.truth["network"].values
     edge = ~np.eye(10, dtype=bool)
-    probability = (found["edge_gate"].values[0] > 0.5).mean(0)
-    assert average_precision_score((truth != 0)[edge], probability[edge]) > 3 * (truth != 0)[edge].mean()
+    assert average_precision_score((truth != 0)[edge], found["probability"].values[edge]) > 3 * (truth != 0)[edge].mean()
     strong = edge & (np.abs(truth) > 0.5)
-    assert (np.sign(found["network"].values[0].mean(0)) == np.sign(truth))[strong].mean() > 0.8
+    assert (np.sign(found["weight"].values) == np.sign(truth))[strong].mean() > 0.8
+
+
+def test_edges_are_those_of_the_posterior_and_of_no_other_fit(screen: pb.Screen) -> None:
+    fit = pb.fit(pb.causal_context(screen, n_latent=2), screen, epochs=1, progress=False)
+    found, draws = pb.edges(fit, n_draws=7, level=0.8), pb.posterior(fit, 7).posterior
+    off = ~np.eye(12, dtype=bool)
+    np.testing.assert_allclose(found["weight"].values[off], draws["network"].values[0].mean(0)[off], rtol=1e-5)
+    np.testing.assert_allclose(found["probability"].values[off], (draws["edge_gate"].values[0] > 0.5).mean(0)[off])
+    assert (found["lower"].values[off] <= found["upper"].values[off]).all()
+    assert np.isnan(np.diagonal(found["weight"])).all()
+    assert set(found["regulator"].values[found["perturbed"]]) == set(screen.perturbations)
+    with pytest.raises(ValueError, match=r"This fit has no network over genes. Fit a causal_context"):
+        pb.edges(pb.fit(pb.node(screen, 2), screen, epochs=1, progress=False))
+    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+        pb.edges(fit, level=1.5)

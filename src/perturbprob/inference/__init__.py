@@ -5,6 +5,7 @@ from perturbprob.inference.caveats import AliasedWarning, UndeclaredWarning
 from perturbprob.inference.counterfactual import IllConditioned, counterfactual, translate
 from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import coherent_draws
+from perturbprob.inference.edges import edges
 from perturbprob.inference.effects import effects
 from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
 from perturbprob.inference.lipschitz import lipschitz_constant
@@ -23,6 +24,7 @@ __all__ = [
     "adapt",
     "coherent_draws",
     "counterfactual",
+    "edges",
     "effects",
     "fit",
     "lipschitz_constant",

@@ -8,6 +8,7 @@ every mark has a shape of its own.
 from perturbprob.plots.of_batches import batch_decomposition
 from perturbprob.plots.of_effects import effects
 from perturbprob.plots.of_fit import losses, predictive_check
+from perturbprob.plots.of_network import network
 from perturbprob.plots.of_pseudotime import pseudotime
 from perturbprob.plots.of_screen import branches, layout, steady_states
 from perturbprob.plots.of_study import proof_of_principle
@@ -18,6 +19,7 @@ __all__ = [
     "effects",
     "layout",
     "losses",
+    "network",
     "predictive_check",
     "proof_of_principle",
     "pseudotime",
