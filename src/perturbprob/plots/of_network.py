@@ -37,8 +37,8 @@ def network(edges: xr.Dataset, *, least: float = 0.5, ax: "matplotlib.axes.Axes 
     for source, target, of in graph.edges(data=True):
         nx.draw_networkx_edges(
             graph, place, [(source, target)], ax=axes, edge_color=BLUE if of["weight"] > 0 else RED, alpha=0.15 + 0.85 * of["probability"],
-            arrowstyle="-|>" if of["weight"] > 0 else "|-|,widthA=0,widthB=0.35", width=0.6 + 2.4 * abs(of["weight"]) / largest,
-            node_size=420, connectionstyle="arc3,rad=0.12",
+            arrowstyle="-|>" if of["weight"] > 0 else "|-|,widthA=0,widthB=0.7", width=0.6 + 2.4 * abs(of["weight"]) / largest,
+            node_size=520, arrowsize=13, connectionstyle="arc3,rad=0.12",
         )  # fmt: skip
     axes.set(title=f"{graph.number_of_edges()} edges of probability {least:g} or more")
     axes.set_axis_off()
