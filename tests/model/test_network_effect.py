@@ -105,3 +105,12 @@ def test_edges_are_those_of_the_posterior_and_of_no_other_fit(screen: pb.Screen)
         pb.edges(pb.fit(pb.node(screen, 2), screen, epochs=1, progress=False))
     with pytest.raises(ValueError, match="level must be between 0 and 1"):
         pb.edges(fit, level=1.5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_something_else_than_a_screen_or_edges_is_refused() -> None:
+    for structure in (pb.causal_context, pb.neural_sde):
+        with pytest.raises(TypeError, match="A Screen is needed here; got str"):
+            structure("screen.h5ad")
+    with pytest.raises(TypeError, match=r"plots.network draws what edges returned; got str. Draw pb.edges\(fit\)"):
+        pb.plots.network("fit")

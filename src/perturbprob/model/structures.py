@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from torch import nn
 
-from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.model.assumptions import Assumption, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.filling import SHIFTS, make
@@ -127,6 +127,7 @@ def neural_sde(
     >>> pb.fit(pb.neural_sde(screen, n_latent=2, n_steps=4), screen, epochs=2, progress=False).model.transition.noise_shape
     (1, 4, 2)
     """
+    require_screen(screen, partial=True)
     if screen.values == "continuous":
         raise ValueError("neural_sde is about how cells differ, and a row of continuous values is a mean of cells: use node.")
     if not isinstance(n_steps, int) or n_steps < 1:
@@ -175,6 +176,7 @@ def causal_context(
     >>> dict(pb.posterior(fit, 5).posterior["network"].sizes)
     {'chain': 1, 'draw': 5, 'gene': 10, 'regulator': 10}
     """
+    require_screen(screen, partial=True)
     if screen.n_genes > MOST_GENES:
         raise ValueError(
             f"causal_context is in gene space, where {screen.n_genes:,} genes would be {screen.n_genes**2:,} edges; it takes at most "

@@ -24,6 +24,8 @@ def network(edges: xr.Dataset, *, least: float = 0.5, ax: "matplotlib.axes.Axes 
     >>> len(pb.plots.network(pb.edges(fit, n_draws=20), least=0).axes)
     1
     """
+    if not isinstance(edges, xr.Dataset) or "probability" not in edges:
+        raise TypeError(f"plots.network draws what edges returned; got {type(edges).__name__}. Draw pb.edges(fit).")
     if not 0 <= least <= 1:
         raise ValueError(f"least is a probability, from 0 to 1; got {least}.")
     graph, axes = _graph(edges, least), new_axes(ax, (7.0, 7.0))
