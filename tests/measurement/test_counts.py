@@ -231,24 +231,36 @@ def test_shapes_broadcast_with_genes_last():
     assert law.mean.shape == law.variance.shape == law.mean_log1p().shape == (4, 1, 3)
 
 
+SHARED = ["dispersion_overall", "dispersion_spread"]
+
+
 @pytest.mark.parametrize(
     ("head", "names"), [(Poisson, []), (NegativeBinomial, ["dispersion"]), (ZeroInflatedNegativeBinomial, ["dispersion", "gate"])]
 )
 def test_a_head_samples_its_parameters_per_gene_and_hands_them_to_its_law(head, names):
     trace = pyro.poutine.trace((block := head(5)).globals).get_trace()
     sites = trace.nodes["_RETURN"]["value"]
-    assert list(sites) == names == [name for name, site in trace.nodes.items() if site["type"] == "sample"]
+    assert list(sites) == names
+    assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == (SHARED if names else []) + names
     assert all(value.shape == (5,) for value in sites.values())
     law = block(torch.zeros(2, 5), **sites)
     assert [law.dispersion is not None, law.gate is not None] == ["dispersion" in names, "gate" in names]
 
 
-def test_the_prior_of_the_gate_is_centred_on_one_percent_and_that_of_the_dispersion_on_e():
-    trace = pyro.poutine.trace(ZeroInflatedNegativeBinomial(4).globals).get_trace()
-    for name, middle, upper in (("gate", 0.01, expit(np.log(0.01 / 0.99) + 1)), ("dispersion", np.e, np.exp(2.5))):
-        law = trace.nodes[name]["fn"].base_dist
-        np.testing.assert_allclose(law.icdf(torch.tensor(0.5)), np.full(4, middle), rtol=1e-4)
-        np.testing.assert_allclose(law.icdf(torch.tensor(stats.norm.cdf(1))), np.full(4, upper), rtol=1e-4)
+def test_the_prior_of_the_gate_is_centred_on_one_percent():
+    law = pyro.poutine.trace(ZeroInflatedNegativeBinomial(4).globals).get_trace().nodes["gate"]["fn"].base_dist
+    np.testing.assert_allclose(law.icdf(torch.tensor(0.5)), np.full(4, 0.01), rtol=1e-4)
+    np.testing.assert_allclose(law.icdf(torch.tensor(stats.norm.cdf(1))), np.full(4, expit(np.log(0.01 / 0.99) + 1)), rtol=1e-4)
+
+
+def test_dispersions_lie_around_one_that_genes_share():
+    shared = {"dispersion_overall": torch.tensor(3.0), "dispersion_spread": torch.tensor(0.5)}
+    trace = pyro.poutine.trace(pyro.poutine.condition(NegativeBinomial(4).globals, shared)).get_trace()
+    law = trace.nodes["dispersion"]["fn"].base_dist
+    np.testing.assert_allclose(law.icdf(torch.tensor(0.5)), np.full(4, 3.0), rtol=1e-4)
+    np.testing.assert_allclose(law.icdf(torch.tensor(stats.norm.cdf(1))), np.full(4, 3 * np.exp(0.5)), rtol=1e-4)
+    over, spread = (trace.nodes[name]["fn"] for name in SHARED)
+    np.testing.assert_allclose([float(over.icdf(torch.tensor(0.5))), float(spread.icdf(torch.tensor(0.5)))], np.exp([1, -0.4]), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("theta", "gate"), [(None, None), (2.0, None), (0.7, 0.1)])

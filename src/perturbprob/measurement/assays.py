@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from perturbprob.measurement.batch_effect import BatchEffect
-from perturbprob.measurement.counts import CountLaw, NegativeBinomial
+from perturbprob.measurement.counts import CountLaw, sample_dispersion
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class ProteinHead(AssayHead):
         background = pyro.sample("background", dist.LogNormal((0.5 * self.level).log(), 1.0).to_event(1))
         weight = dist.TransformedDistribution(dist.Normal(torch.zeros_like(self.level), 1.5), [dist.transforms.SigmoidTransform()])
         sites = {"background": background, "background_weight": pyro.sample("background_weight", weight.to_event(1))}
-        return sites | {"level": self._level(0.5)} | NegativeBinomial(len(self.features)).globals()
+        return sites | {"level": self._level(0.5)} | {"dispersion": sample_dispersion(torch.zeros_like(self.level))}
 
     def law(self, log_rate: Float[Tensor, "*plate feature"], log_depth: Float[Tensor, "*#plate 1"], **own: Tensor) -> BackgroundLaw:
         """Return background, and signal on top of it."""
@@ -263,7 +263,7 @@ class WindowHead(AssayHead):
 
     def own(self) -> dict[str, Tensor]:
         """Sample level and dispersion."""
-        return {"level": self._level()} | NegativeBinomial(len(self.features)).globals()
+        return {"level": self._level()} | {"dispersion": sample_dispersion(torch.zeros_like(self.level))}
 
     def law(self, log_rate: Float[Tensor, "*plate feature"], log_depth: Float[Tensor, "*#plate 1"], **own: Tensor) -> CountLaw:
         """Return the law of reads."""

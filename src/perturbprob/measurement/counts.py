@@ -170,15 +170,26 @@ def rising_log_factorial(theta: Float[Tensor, "... gene"], value: Float[Tensor, 
     return torch.where(large, stirling, exact)
 
 
+def sample_dispersion(zero: Float[Tensor, " gene"]) -> Float[Tensor, " gene"]:
+    """Sample the dispersion θ of each gene, log θ_g ~ Normal(log θ, s), log θ ~ Normal(1, 1), log s ~ Normal(−0.4, 0.5).
+
+    Counts of a gene with hardly one a cell do not tell overdispersion from a state; what genes have in common does.
+    """
+    overall = pyro.sample("dispersion_overall", dist.LogNormal(zero.new_tensor(1.0), 1.0))
+    spread = pyro.sample("dispersion_spread", dist.LogNormal(zero.new_tensor(-0.4), 0.5))
+    return pyro.sample("dispersion", dist.LogNormal(overall.log() + zero, spread).to_event(1))
+
+
 class CountHead(nn.Module, ABC):
     """A measurement head: draws its global sites above the cell plate, and returns the law of the counts given a log rate."""
 
     sites: ClassVar[tuple[str, ...]] = ("dispersion", "gate")
+    zero: Tensor
 
     def __init__(self, n_genes: int) -> None:
         """Keep the number of genes."""
         super().__init__()
-        self.n_genes = n_genes
+        self.register_buffer("zero", torch.zeros(n_genes), persistent=False)
 
     @abstractmethod
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
@@ -187,10 +198,6 @@ class CountHead(nn.Module, ABC):
     def forward(self, log_rate: Float[Tensor, "*plate gene"], dispersion: Tensor | None = None, gate: Tensor | None = None) -> CountLaw:
         """Return the law of the counts."""
         return CountLaw(log_rate, dispersion, gate)
-
-    def _dispersion(self) -> Float[Tensor, " gene"]:
-        """Sample the dispersion θ of each gene."""
-        return pyro.sample("dispersion", dist.LogNormal(torch.ones(self.n_genes), 1.5).to_event(1))
 
 
 @final
@@ -204,11 +211,11 @@ class Poisson(CountHead):
 
 @final
 class NegativeBinomial(CountHead):
-    """Counts with gene-wise dispersion, θ_g ~ LogNormal(1, 1.5)."""
+    """Counts with gene-wise dispersion, those of all genes around one (`sample_dispersion`)."""
 
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
         """Sample the dispersion."""
-        return {"dispersion": self._dispersion()}
+        return {"dispersion": sample_dispersion(self.zero)}
 
 
 @final
@@ -217,6 +224,6 @@ class ZeroInflatedNegativeBinomial(CountHead):
 
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
         """Sample the dispersion and the gate."""
-        logit = torch.full((self.n_genes,), math.log(GATE_PRIOR / (1 - GATE_PRIOR)))
+        logit = self.zero + math.log(GATE_PRIOR / (1 - GATE_PRIOR))
         gate = dist.TransformedDistribution(dist.Normal(logit, 1.0), [dist.transforms.SigmoidTransform()])
-        return {"dispersion": self._dispersion(), "gate": pyro.sample("gate", gate.to_event(1))}
+        return {"dispersion": sample_dispersion(self.zero), "gate": pyro.sample("gate", gate.to_event(1))}

@@ -18,17 +18,19 @@ class Normal(nn.Module):
     """
 
     sites: ClassVar[tuple[str, ...]] = ("noise",)
+    zero: Tensor
 
     def __init__(self, n_genes: int, *, learnt: bool = True) -> None:
         """Keep the number of genes."""
         super().__init__()
-        self.n_genes, self.learnt = n_genes, learnt
+        self.learnt = learnt
+        self.register_buffer("zero", torch.zeros(n_genes), persistent=False)
 
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
         """Sample the learnt noise of each gene."""
         if not self.learnt:
             return {}
-        return {"noise": pyro.sample("noise", dist.LogNormal(torch.full((self.n_genes,), -2.3), 1.0).to_event(1))}
+        return {"noise": pyro.sample("noise", dist.LogNormal(self.zero - 2.3, 1.0).to_event(1))}
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from perturbprob.experiment.moments import Moments, membership, relative_counts
+from perturbprob.experiment.moments import membership
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
 GENE_BLOCK, CONDITIONS = ("gene_bias", "batch_coordinate", "batch_media_coordinate"), "condition_effect"
+SPREAD = 0.67
+"""About how far, in log, dispersions of genes are from each other before anything is seen."""
 LARGEST_BLOCK = 20_000_000
 """Beyond so many numbers the block of each gene is kept without its covariances."""
 
@@ -288,10 +290,20 @@ def _information(counts: csr_array, group: np.ndarray, n_groups: int) -> Float[T
 
 
 def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " gene"]]:
-    """Return mean and dispersion of each gene by the method of moments, from counts over size factors."""
-    found = Moments.of(relative_counts(screen.counts, screen.size_factor))
-    mean = found.mean[0] + 1e-6
-    excess = (found.variance[0] - mean * np.mean(1 / screen.size_factor)) / mean**2
+    """Return mean and dispersion of each gene by the method of moments.
+
+    Of counts x ~ NB(mean s μ, θ) at size factor s, 1/θ = Σ [(x − s μ)² − s μ] / Σ (s μ)²; each is drawn to what genes have in common by
+    about as much as the prior does, since of genes with hardly a count it is mostly noise.
+    """
+    x, s, n = screen.counts, screen.size_factor.astype(np.float64), screen.n_cells
+    mean = np.asarray(x.sum(0)).ravel() / s.sum() + 1e-6
+    square = mean**2 * np.sum(s**2)
+    excess = ((x.multiply(x)).sum(0) - 2 * mean * (s @ x) + square - mean * s.sum()) / square
+    information = n / 2 * (mean / (mean + 1)) ** 2
+    overall = np.average(excess.clip(0.02, 20), weights=information)
+    noise = 2 / n * (1 / mean + overall) ** 2  # the variance of 1/θ of a gene, and that between genes
+    between = (SPREAD * overall) ** 2
+    excess = (between * excess + noise * overall) / (between + noise)
     return torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(1 / excess.clip(0.02, 20), dtype=torch.float32)
 
 
