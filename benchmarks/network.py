@@ -6,8 +6,9 @@ Each screen has 20 genes, every one knocked out, five times and 200 cells a cond
 area under the precision-recall curve of each score (at random it is the share of edges), and how often edges of a probability are there. An
 edge's probability is the share of posterior draws in which its gate is more than half open. ``change`` is the mean absolute change of a
 gene when the other is knocked out, ``correlation`` that of genes over control cells, ``ridge`` the weights of a ridge regression of each
-gene's change on those of the others (and −1 for the one that is knocked out), its strength by leave-one-out. With ``--renge`` also
-RENGE (``pip install renge==0.0.5``, as its README calls it), the absolute coefficients; ``--epochs 0`` leaves our own fit out.
+gene's change on those of the others (and −1 for the one that is knocked out), its strength by leave-one-out. With
+``--renge 30`` also RENGE (``pip install renge==0.0.5``) as its README calls it, by absolute coefficients, its settings found by its own
+cross-validation in 30 trials (its default); ``--epochs 0`` leaves our own fit out.
 """
 
 import argparse
@@ -51,8 +52,8 @@ def baselines(screen: pb.Screen) -> dict[str, np.ndarray]:
     return {"change": by_knockout, "correlation": np.abs(np.corrcoef(cells.T)), "ridge": ridge}
 
 
-def renge(screen: pb.Screen, seed: int) -> np.ndarray:
-    """Score each edge by RENGE, its settings found by its own cross-validation."""
+def renge(screen: pb.Screen, seed: int, trials: int) -> np.ndarray:
+    """Score each edge by RENGE, its settings found by its own cross-validation in so many trials."""
     from renge import Renge
 
     genes, cells = list(screen.genes), list(screen.cells)
@@ -62,7 +63,7 @@ def renge(screen: pb.Screen, seed: int) -> np.ndarray:
     design = pd.DataFrame(lost, cells, genes).assign(t=[protocol.time for protocol in done])
     np.random.seed(seed)  # noqa: NPY002  # the generator that RENGE draws from
     with joblib.parallel_config(backend="sequential"):
-        return Renge().estimate_hyperparams_and_fit(design, expression).loc[genes, genes].abs().to_numpy()
+        return Renge().estimate_hyperparams_and_fit(design, expression, n_trials=trials).loc[genes, genes].abs().to_numpy()
 
 
 def network(screen: pb.Screen, seed: int, *, epochs: int, draws: int) -> tuple[dict[str, np.ndarray], str]:
@@ -73,7 +74,7 @@ def network(screen: pb.Screen, seed: int, *, epochs: int, draws: int) -> tuple[d
     return scores, fit.report().split("Verdict: ")[1].split(":")[0]
 
 
-def score(seed: int, *, cells: int, genes: int, epochs: int, draws: int, with_renge: bool) -> dict[str, object]:
+def score(seed: int, *, cells: int, genes: int, epochs: int, draws: int, trials: int) -> dict[str, object]:
     """Fit one screen; return the areas and the edges by probability."""
     times = (0.5, 1.0, 1.5, 2.0, 3.0)
     n_cells = cells * len(times) * (genes + 1)
@@ -86,8 +87,8 @@ def score(seed: int, *, cells: int, genes: int, epochs: int, draws: int, with_re
         found, verdict = network(screen, seed, epochs=epochs, draws=draws)
         scores, probability = found | scores, found["probability"][edge]
         seconds["causal_context"], clock = round(time.perf_counter() - clock), time.perf_counter()
-    if with_renge:
-        scores["renge"] = renge(screen, seed)
+    if trials:
+        scores["renge"] = renge(screen, seed, trials)
         seconds["renge"] = round(time.perf_counter() - clock)
     area = {name: round(float(average_precision_score(there, value[edge])), 3) for name, value in scores.items()}
     return {
@@ -99,15 +100,14 @@ def score(seed: int, *, cells: int, genes: int, epochs: int, draws: int, with_re
 def main() -> None:
     """Run over screens; print areas, and how often edges of a probability are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("screens", 1), ("cells", 200), ("genes", 20), ("epochs", 100), ("draws", 200)):
+    for name, value in (("screens", 1), ("cells", 200), ("genes", 20), ("epochs", 100), ("draws", 200), ("renge", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--renge", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     probability, there = np.array([]), np.array([], dtype=bool)
     for seed in range(options.screens):
         settings = {name: getattr(options, name) for name in ("cells", "genes", "epochs", "draws")}
-        row = score(seed, **settings, with_renge=options.renge)
+        row = score(seed, **settings, trials=options.renge)
         probability, there = np.append(probability, row.pop("probability")), np.append(there, row.pop("there"))
         print(json.dumps(row), flush=True)
     for low, high in zip(np.arange(0, 1, 0.2), np.arange(0.2, 1.2, 0.2), strict=True):

@@ -2,15 +2,16 @@
 
     python benchmarks/network_overlap.py A_renge.csv A_renge_qval.csv --epochs 80
 
-The two files are in the source distribution of renge 0.0.5 (PyPI), examples/data; element (i, j) is the coefficient from gene j to gene i, as
-the README there says, which is (gene, regulator) here. Edges of RENGE are those with q below ``--q``. As many of ours, by probability and
-then by absolute weight, are compared with them: the share that both have (``overlap``), the share of those with the same sign (``sign``),
-the area under the precision-recall curve of our order for their edges (``auprc``), and the rank correlation of absolute weights
-(``rank``) and of signed ones (``signed``). ``all`` takes every pair of different genes, ``perturbed`` those whose regulator was knocked out.
+The two files are in the source distribution of renge 0.0.5 (PyPI), examples/data; element (i, j) is the coefficient from gene j to gene
+i, as the README there says, which is (gene, regulator) here. Edges of RENGE are those with q below ``--q``. As many of ours, by
+probability and then by absolute weight, are compared with them: the share that both have (``overlap``), the share of those with the same
+sign (``sign``), the area under the precision-recall curve of our order for their edges (``auprc``), and the rank correlation of absolute
+weights (``rank``) and of signed ones (``signed``). ``all`` takes every pair of different genes, ``perturbed`` those whose regulator was
+knocked out.
 
 Nulls permute RENGE's matrix: ``labels`` all genes, rows and columns together; ``classes`` the same, knocked-out genes among themselves and
 others among themselves; ``targets`` the targets of each regulator. A p-value is the share of permutations that reach the value,
-one-sided, the matrix itself among them. ``change`` is what the mean absolute change of a gene on a knock-out alone, no model behind it, reaches.
+one-sided, the matrix itself among them. ``change`` is what the mean change of a gene on a knock-out reaches, no model behind it.
 """
 
 import argparse
