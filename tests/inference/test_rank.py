@@ -74,7 +74,7 @@ def test_candidates_share_their_draws(fit: pb.Fit, screen: pb.Screen) -> None:
 @pytest.mark.filterwarnings("ignore:The screen has one batch")
 def test_means_of_conditions_are_targets_as_measured() -> None:
     bulk = pb.simulate(n_cells=2000, n_genes=10, n_perturbations=3, times=(1.0, 2.0), n_batches=1, inactive=0, seed=5).screen.pseudobulk()
-    fit = pb.fit(pb.causal_context(bulk), bulk, epochs=100, learning_rate=1e-2, validation=0.0, progress=False)
+    fit = pb.fit(pb.causal_context(bulk), bulk, epochs=150, learning_rate=1e-2, validation=0.0, progress=False)
     gene = max(bulk.perturbations, key=lambda g: float(np.square(bulk.counts[bulk.cells_of(pb.Knockout(g) >> pb.Wait(2))]).sum()))
     target = bulk[bulk.cells_of(pb.Knockout(gene) >> pb.Wait(2))]
     ranked = pb.rank_perturbations(fit, target, n_draws=20)
