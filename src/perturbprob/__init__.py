@@ -29,6 +29,7 @@ from perturbprob.inference import (  # noqa: E402
     adapt,
     coherent_draws,
     counterfactual,
+    do,
     edges,
     effects,
     fit,
@@ -40,6 +41,7 @@ from perturbprob.inference import (  # noqa: E402
     predict_assay,
     prior,
     projected,
+    rank_perturbations,
     translate,
 )
 from perturbprob.model import (  # noqa: E402
@@ -109,6 +111,7 @@ __all__ = [
     "decompose_batches",
     "decompose_means",
     "depth_effects",
+    "do",
     "edges",
     "effects",
     "fit",
@@ -129,6 +132,7 @@ __all__ = [
     "proof_of_principle",
     "propose_layouts",
     "pseudotime",
+    "rank_perturbations",
     "sensitivity",
     "simulate",
     "split",

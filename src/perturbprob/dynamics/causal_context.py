@@ -82,8 +82,8 @@ class CausalContext(Transition):
     def settled(self, state: CellState, effects: Effects, *, tolerance: float = 1e-5, max_steps: int = 500) -> CellState:
         """Return the state after waiting for good, δ = W (f − f₀) + context, by damped fixed-point steps from where the cells are.
 
-        Its derivative is that of the solution (implicit function theorem), whatever the way to it: one Newton step from the point
-        that was found, through the Jacobian there. Raises a ValueError where a cycle never comes to rest.
+        Its derivative, where one is asked for, is that of the solution (implicit function theorem), whatever the way to it: one Newton step
+        from the point that was found, through the Jacobian there. Raises a ValueError where a cycle never comes to rest.
         """
         effects = _with_network(effects)
         drawn, delta = self.target(state, effects), state.delta
@@ -98,6 +98,8 @@ class CausalContext(Transition):
                     f"The state has not come to rest in {max_steps} steps (it still moves by {float(step.abs().amax()):.2g}): this network "
                     "has a cycle that goes on. Ask for a finite wait."
                 )
+        if not torch.is_grad_enabled():
+            return replace(state, delta=delta)
         flat, product = delta.detach(), self.product(state.z0 + delta)
         slope = self.kept(state, effects) * product * (1 - product / 2)
         jacobian = (effects.weights.unsqueeze(-3) * slope.unsqueeze(-2)).detach()

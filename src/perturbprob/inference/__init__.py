@@ -4,6 +4,7 @@ from perturbprob.inference.adapt import adapt
 from perturbprob.inference.caveats import AliasedWarning, UndeclaredWarning
 from perturbprob.inference.counterfactual import IllConditioned, counterfactual, translate
 from perturbprob.inference.density import log_density
+from perturbprob.inference.do import do
 from perturbprob.inference.draws import coherent_draws
 from perturbprob.inference.edges import edges
 from perturbprob.inference.effects import effects
@@ -12,6 +13,7 @@ from perturbprob.inference.lipschitz import lipschitz_constant
 from perturbprob.inference.posterior import posterior, prior
 from perturbprob.inference.predict import predict, predict_assay
 from perturbprob.inference.projected import Projected, projected
+from perturbprob.inference.rank import rank_perturbations
 from perturbprob.inference.storage import load
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "adapt",
     "coherent_draws",
     "counterfactual",
+    "do",
     "edges",
     "effects",
     "fit",
@@ -35,5 +38,6 @@ __all__ = [
     "predict_assay",
     "prior",
     "projected",
+    "rank_perturbations",
     "translate",
 ]

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.inference.caveats import AliasedWarning
-from perturbprob.inference.draws import check_draws, global_draws, require_posterior, seeded, warn_if_large
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded, warn_if_large
 from perturbprob.inference.expectation import Expectation
 from perturbprob.inference.predict import labelled
 
@@ -65,25 +66,11 @@ def effects(
     if not 0 < false_discoveries < 1 or not 0 < prior < 1 or not 0 < level < 1:
         raise ValueError("level, false_discoveries and prior are probabilities between 0 and 1.")
     pairs = _pairs(fit, against)
-    everyone = list(dict.fromkeys(p for pair in pairs for p in pair))
-    number = {p: k for k, p in enumerate(everyone)}
     n_values = 4 * n_draws * len(pairs) * len(fit.model.vocabulary.genes)
     warn_if_large(n_values, f"{n_draws} draws of {len(pairs)} conditions", "Lower n_draws.")
-    here, there = (torch.tensor([number[pair[side]] for pair in pairs]) for side in (0, 1))
-    expectation, draws = Expectation(fit, everyone, [None] * len(everyone), seed=seed), []
-    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="effects" if progress else None)):
-        with seeded(seed, k, 2):
-            sites = expectation.complete(sites)
-            log_mean = torch.cat([_level(fit, expectation.log_shares(sites, part)) for part in expectation.parts]).cpu()
-        draws.append(log_mean[here] - log_mean[there])
-    values = torch.stack(draws)
-    mean = values.mean(0)
-    lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
-    wrong = (values * mean.sign() <= 0).float().mean(0)
-    data = {"log_fold_change": mean, "lower": lower, "upper": upper, "local_false_sign_rate": wrong}
-    units = "natural log of the ratio of expected shares" if fit.model.start is None else "difference of values"
-    attrs = {"against": against, "level": level, "n_draws": n_draws, "units": units}
-    result = labelled(fit, [p for p, _ in pairs], data, attrs)
+    draws = global_draws(fit.model, fit.guide, n_draws, seed, progress="effects" if progress else None)
+    values = fold_changes(fit, pairs, draws, seed=seed)
+    result = changes_of(fit, [p for p, _ in pairs], values, level, against=against)
     if against != "control":
         return result
     names = [p.perturbation for p, _ in pairs]
@@ -92,6 +79,34 @@ def effects(
     alone = _uncontrolled(fit)
     hits["hit"] = hits["hit"] & ~hits["tested_perturbation"].isin(alone)
     return result.merge(hits, combine_attrs="no_conflicts")
+
+
+def fold_changes(
+    fit: "Fit", pairs: Sequence[tuple[Protocol, Protocol]], draws: Iterable[Sites], *, settled: bool = False, seed: int = 0
+) -> Float[Tensor, "draw pair gene"]:
+    """Return the log fold change between the two protocols of each pair in each draw of the globals."""
+    everyone = list(dict.fromkeys(p for pair in pairs for p in pair))
+    number = {p: k for k, p in enumerate(everyone)}
+    here, there = (torch.tensor([number[pair[side]] for pair in pairs]) for side in (0, 1))
+    expectation, found = Expectation(fit, everyone, [None] * len(everyone), settled=settled, seed=seed), []
+    for k, sites in enumerate(draws):
+        with seeded(seed, k, 2):
+            sites = expectation.complete(sites)
+            log_mean = torch.cat([_level(fit, expectation.log_shares(sites, part)) for part in expectation.parts]).cpu()
+        found.append(log_mean[here] - log_mean[there])
+    return torch.stack(found)
+
+
+def changes_of(
+    fit: "Fit", protocols: Sequence[Protocol], values: Float[Tensor, "draw pair gene"], level: float, *, against: str
+) -> xr.Dataset:
+    """Return draws of fold changes as mean, interval and local false sign rate, with names."""
+    mean = values.mean(0)
+    lower, upper = torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
+    wrong = (values * mean.sign() <= 0).float().mean(0)
+    data = {"log_fold_change": mean, "lower": lower, "upper": upper, "local_false_sign_rate": wrong}
+    units = "natural log of the ratio of expected shares" if fit.model.start is None else "difference of values"
+    return labelled(fit, protocols, data, {"against": against, "level": level, "n_draws": len(values), "units": units})
 
 
 def _level(fit: "Fit", location: Float[Tensor, "rest part gene"]) -> Float[Tensor, "part gene"]:

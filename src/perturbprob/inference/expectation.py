@@ -8,13 +8,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from perturbprob.dynamics.causal_context import CausalContext
 from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.vocabulary import Segment
 from perturbprob.inference.draws import Sites, check_seed
 from perturbprob.measurement.counts import CountLaw
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
+    from perturbprob.model.cell_model import CellModel
 
 N_REST = 128
 """How many rest states z₀, and size factors with them, an expectation is averaged over (the same Sobol points for every draw)."""
@@ -25,16 +28,23 @@ CHUNK = 20_000_000
 class Expectation:
     """Averages over cells at rest z₀ ~ Normal(0, I), by the same Sobol points for every condition and draw.
 
-    One row per protocol, each in its batch (None: η = 0, "new": a batch never seen). Rows are worked through in ``parts`` that fit
-    into memory.
+    One row per protocol, each in its batch (None: η = 0, "new": a batch never seen). With ``settled`` cells are left alone for good
+    behind their protocol, as a network can tell. Rows are worked through in ``parts`` that fit into memory.
     """
 
     def __init__(
-        self, fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str | None], *, n_rest: int = N_REST, seed: int = 0
+        self,
+        fit: "Fit",
+        protocols: Sequence[Protocol],
+        batches: Sequence[str | None],
+        *,
+        settled: bool = False,
+        n_rest: int = N_REST,
+        seed: int = 0,
     ) -> None:
         """Encode the protocols and place the points."""
         check_seed(seed)
-        self.fit, self.model = fit, fit.model
+        self.fit, self.model, self.settled = fit, fit.model, settled
         names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
         self.new = len(names.batches)
         codes = [-1 if b is None else self.new if b == "new" else names.batch_code(b) for b in batches]
@@ -79,7 +89,7 @@ class Expectation:
     def _state(self, part: Int[Tensor, " part"], sites: Sites) -> CellState:
         """Carry the rest states through the protocols of some rows."""
         z = self.z[:, None].expand(-1, len(part), -1)
-        return self.model.moved(sites, z, [s[part] for s in self.segments])
+        return ended(self.model, sites, z, [s[part] for s in self.segments], settled=self.settled)
 
     @torch.no_grad()
     def means(
@@ -97,6 +107,14 @@ class Expectation:
         if scale == "rate":
             variance = (law.variance / (2 * depth).exp()).mean(0) + log_rate.exp().var(0)
         return mean + torch.randn_like(mean) * (variance / n_cells.to(mean)).sqrt()
+
+
+def ended(
+    model: "CellModel", sites: Sites, z: Float[Tensor, "*plate cell rest"], protocol: Sequence[Segment], *, settled: bool
+) -> CellState:
+    """Carry rest states through their protocols; with ``settled`` leave them alone for good behind."""
+    state = model.moved(sites, z, protocol)
+    return model.transition.settled(state, model.pushes(sites)) if settled and isinstance(model.transition, CausalContext) else state
 
 
 def interpolated_log1p(law: CountLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:

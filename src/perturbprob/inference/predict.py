@@ -168,6 +168,11 @@ def conditions_of(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol 
     """Return protocols that the model knows; a bare wait before time 0 is already refused by `Wait`."""
     if conditions is None:
         return [Protocol.parse(text) for text in fit.trained_on["conditions"]]
+    return [known_protocol(fit, p) for p in listed(conditions)]
+
+
+def listed(conditions: Protocol | Action | Sequence[Protocol | Action]) -> list[Protocol | Action]:
+    """Return one or several protocols as a list; refuse none, and what is no protocol."""
     several = [conditions] if isinstance(conditions, Protocol | Action | str) else list(conditions)
     if not several:
         raise ValueError("No condition to predict: give a protocol such as Knockout('NANOG') >> Wait(5).")
@@ -177,7 +182,7 @@ def conditions_of(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol 
                 f"A condition is a protocol such as Knockout('NANOG') >> Wait(5), without quotes around it; got {one!r}. "
                 "Protocol.parse reads one from text."
             )
-    return [known_protocol(fit, p) for p in several]
+    return several
 
 
 def known_protocol(fit: "Fit", protocol: Protocol | Action) -> Protocol:

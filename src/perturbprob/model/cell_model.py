@@ -192,7 +192,8 @@ class CellModel(PyroModule):
         return head(sites, state.z, log_share, log_size_factor, effect + head.eta(sites, batch, state.z, state.media))
 
     def completed(self, sites: dict[str, Tensor], extra: Sequence[Node]) -> dict[str, Tensor]:
-        """Return one draw of the global sites with a draw of the effects of ``extra`` nodes behind those that were measured."""
+        """Return one draw of the global sites with a draw of the effects of marks and ``extra`` nodes that were not measured."""
+        sites = self.mark_effect.completed(sites)
         for effect in (self.condition_effect, *self.assay_effects.values()):
             sites = effect.completed(sites, extra)
         return sites

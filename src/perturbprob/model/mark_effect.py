@@ -49,6 +49,10 @@ class MarkEffect(PyroModule):
         none = self.zero.new_zeros(0, self.n_latent)
         return Effects(sites.get("perturbation_effect", none), sites.get("media_effect", none))
 
+    def completed(self, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return one draw of the global sites with a draw of whatever marks were not measured; here all were."""
+        return sites
+
     @abstractmethod
     def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:
         """Sample the effects of one kind, given their scale (name, latent)."""

@@ -1,5 +1,6 @@
 """A sparse signed network over genes with a posterior, and what perturbations do to the product of their own gene."""
 
+from dataclasses import replace
 from typing import final
 
 import pyro
@@ -26,6 +27,7 @@ class NetworkEffect(MarkEffect):
     def __init__(self, vocabulary: Vocabulary) -> None:
         """Place each perturbation on its gene; raises ValueError where a perturbed gene is no gene of the state."""
         super().__init__(vocabulary, len(vocabulary.genes))
+        self.vocabulary = vocabulary
         place = {gene: k for k, gene in enumerate(vocabulary.genes)}
         if outside := sorted({p.gene for p in vocabulary.perturbations if p.gene not in place}):
             raise ValueError(
@@ -60,6 +62,19 @@ class NetworkEffect(MarkEffect):
                 site = f"{name}_strength"
                 found[site] = pyro.sample(site, law.expand([n]).to_event(1))
         return found
+
+    def completed(self, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return one draw of the global sites with what perturbations behind those of the sites do: nothing to their own transcript.
+
+        How strong ↓ and ↑ are is drawn from the prior. What is done to the transcript has 0 for the centre of its prior; a draw would
+        move the shares of all genes, and set a perturbation back that was never done for that alone.
+        """
+        asked = self.vocabulary.perturbations[len(sites.get("perturbation_own", ())) :]
+        if not asked:
+            return sites
+        drawn = MarkEffect.forward(NetworkEffect(replace(self.vocabulary, perturbations=asked, media=())))
+        drawn["perturbation_own"] = torch.zeros(len(asked))
+        return sites | {name: torch.cat([sites.get(name, value[:0]), value.to(self.own)]) for name, value in drawn.items()}
 
     def pushes(self, sites: dict[str, Tensor]) -> NetworkEffects:
         """Return the network and what the marks do."""
