@@ -16,6 +16,7 @@ from perturbprob.measurement.distances import (
     sinkhorn,
 )
 from perturbprob.measurement.normal import Normal
+from perturbprob.measurement.stationarity import stationarity_deviation
 
 __all__ = [
     "DISTANCES",
@@ -42,4 +43,5 @@ __all__ = [
     "moment",
     "random_matching",
     "sinkhorn",
+    "stationarity_deviation",
 ]
