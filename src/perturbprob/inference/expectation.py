@@ -12,6 +12,7 @@ from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Protocol
 from perturbprob.inference.draws import Sites, check_seed
 from perturbprob.measurement.counts import CountLaw
+from perturbprob.measurement.exact import ExactLaw
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -89,7 +90,7 @@ class Expectation:
         log_rate = self.log_rates(sites, part)
         depth = self.log_depth[part].T[..., None]
         law = self.model.law(sites, log_rate + depth)
-        own = {"rate": log_rate.exp, "log1p": lambda: interpolated_log1p(law)}.get(scale, lambda: law.mean)
+        own = {"rate": log_rate.exp, "log1p": lambda: law.mean_log1p() if isinstance(law, ExactLaw) else interpolated_log1p(law)}.get(scale, lambda: law.mean)
         mean = own().mean(0)
         if n_cells is None:
             return mean

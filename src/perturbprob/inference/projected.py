@@ -86,7 +86,7 @@ def projected(
     torch.Size([3, 1, 10])
     """
     if fit.model.start is None and not fit.guide.encodes:
-        raise ValueError("A fit with objective='paths' of counts has no V⁻¹ from counts to states. Fit with objective='elbo'.")
+        raise ValueError("A fit with objective='paths' or 'kds' of counts has no V⁻¹ from counts to states. Fit with objective='elbo'.")
     if fit.model.assays:
         raise ValueError("𝓕 is from RNA to RNA, and this fit has seen further assays: fit the RNA alone, node(screen.with_assays({})).")
     several = [conditions] if isinstance(conditions, Protocol | Action) else list(conditions)

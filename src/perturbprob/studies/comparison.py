@@ -39,6 +39,8 @@ def compare(
     - ``coverage``: the share of conditions and genes whose observed mean lies inside the central 90 % of screens replicated from rest.
     - ``parameters``: numbers trained, of model and guide; ``seconds``: how long that took.
 
+    A fit of `stationary` has no likelihood: ``log_density`` and what is derived from it are NaN, its row stands last, and a warning says so.
+
     Raises ValueError for fewer than two fits, for fits of different genes, and for a test cell that a fit was trained on: a fit that saw
     the answer cannot be compared. A fit by ``objective="paths"`` of counts has no density, and is refused too.
 
