@@ -1,8 +1,10 @@
 """The decoder: shares that sum to one, and offsets that act on single genes."""
 
+import math
+
 import torch
 
-from perturbprob.measurement.decoder import Decoder
+from perturbprob.measurement.decoder import Decoder, Log1p
 
 
 def test_shares_sum_to_one_for_every_cell_and_draw():
@@ -36,3 +38,13 @@ def test_log_shares_and_gradients_are_finite_at_extreme_offsets():
     (gradient,) = torch.autograd.grad(log_share.sum(), z)
     assert torch.isfinite(log_share).all()
     assert torch.isfinite(gradient).all()
+
+
+def test_counts_become_states_and_states_counts():
+    decoder = Log1p(4, math.log(100.0))
+    decoder.scale.copy_(torch.tensor([0.5, 1.0, 2.0, 0.1]))
+    counts, offset = torch.tensor([[0.5, 3.0, 20.0, 70.0]]), torch.tensor([0.01, 0.05, 0.2, 0.5]).log()
+    state = decoder.state(counts, offset)
+    torch.testing.assert_close(100 * decoder(state, offset).exp(), counts)
+    torch.testing.assert_close(decoder(torch.zeros(4), offset), offset)
+    assert float(100 * decoder(torch.full((4,), -1e3), offset).exp().amax()) < 1e-5

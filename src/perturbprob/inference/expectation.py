@@ -90,7 +90,7 @@ class Expectation:
         log_rate = self.log_rates(sites, part)
         depth = self.log_depth[part].T[..., None]
         law = self.model.law(sites, log_rate + depth)
-        own = {"rate": log_rate.exp, "log1p": lambda: law.mean_log1p() if isinstance(law, ExactLaw) else interpolated_log1p(law)}.get(scale, lambda: law.mean)
+        own = {"rate": log_rate.exp, "log1p": lambda: interpolated_log1p(law)}.get(scale, lambda: law.mean)
         mean = own().mean(0)
         if n_cells is None:
             return mean
@@ -100,11 +100,13 @@ class Expectation:
         return mean + torch.randn_like(mean) * (variance / n_cells.to(mean)).sqrt()
 
 
-def interpolated_log1p(law: CountLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:
+def interpolated_log1p(law: CountLaw | ExactLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:
     """Return E[log(1 + x)], or another ``moment``, of many rates that share each gene's dispersion and gate, from a table over log rates.
 
     The table has a step of 0.05 or finer; the second derivative is at most about 0.25, so linear interpolation errs by less than 1e-4.
     """
+    if isinstance(law, ExactLaw):
+        return law.mean_log1p()
     rates = law.log_rate.flatten(0, -2)
     low, high = rates.min() - 0.1, rates.max() + 0.1
     n = max(2, int((high - low) / 0.05) + 2)

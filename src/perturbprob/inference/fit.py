@@ -14,7 +14,7 @@ import pyro
 import torch
 from jaxtyping import Float64
 from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.action import Protocol
@@ -204,7 +204,7 @@ class _Training:
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}
         self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
 
-    def _loss(self) -> nn.Module:
+    def _loss(self) -> Any:
         """Return what is minimised."""
         if self.settings["objective"] == "paths":
             return PathLoss(self.model, self.guide, self.settings["distance"])

@@ -91,7 +91,8 @@ def chosen_objective(objective: str | None, distance: str, model: "CellModel") -
         raise ValueError(f"Unknown objective {objective!r}. Use one of {', '.join(map(repr, OBJECTIVES))}.")
     if (objective == "kds") != at_rest:
         raise ValueError(
-            "objective='kds' and the structure stationary go together: it has no likelihood, and others have no law at rest. Leave objective= out."
+            "objective='kds' and the structure stationary go together: it has no likelihood, and others have no law at rest. Leave "
+            "objective= out: fit takes the one that the structure has."
         )
     if objective != "paths" and distance != MSE:
         raise ValueError(f"distance={distance!r} goes with objective='paths': objective={objective!r} compares no predicted set of cells.")

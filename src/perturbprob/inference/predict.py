@@ -48,8 +48,8 @@ def predict(
       batches coincide with times or media, η may hold what they share, and None says so.
     - ``interval``: "mean", of the population mean; "observed", of the mean over a sample of ``n_cells`` cells.
 
-    A fit by ``objective="paths"`` or "kds" has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit has never
-    seen is refused. A time it has not seen is predicted with wider intervals.
+    A fit by ``objective="paths"`` or "kds" has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit
+    has never seen is refused. A time it has not seen is predicted with wider intervals; of `stationary` any time is the law at rest.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen

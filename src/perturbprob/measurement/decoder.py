@@ -46,8 +46,9 @@ class Identity(nn.Module):
 class Log1p(nn.Module):
     """The state is log(1 + count at size factor 1), less its level in control, per standard deviation.
 
-    share = (exp(y) − 1) / depth, y = log(1 + depth · exp(offset)) + scale ⊙ z, not below 0. ``offset`` is the log share of each gene at z = 0, ``log_depth`` the log of
-    the depth at size factor 1. Nothing is normalised over genes, so counts become states and states counts without loss.
+    share = (exp(y) − 1) / depth, y = log(1 + depth · exp(offset)) + scale ⊙ z, not below 0. ``offset`` is the log share of each gene at
+    z = 0, ``log_depth`` the log of the depth at size factor 1. Nothing is normalised over genes, so counts become states and states
+    counts without loss.
     """
 
     scale: Tensor

@@ -263,9 +263,9 @@ def _heads(facts: dict[str, Any], n_latent: int, n_hidden: int) -> dict[str, Ass
 
 def _programmes(n_latent: int, n_genes: int) -> nn.Linear:
     """Make the programmes in which cells at rest differ."""
-    if not n_latent:  # nothing to start, which torch warns of
-        return nn.utils.skip_init(nn.Linear, 0, n_genes, bias=False)
-    return nn.Linear(n_latent, n_genes, bias=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element")  # cells at rest may all be alike
+        return nn.Linear(n_latent, n_genes, bias=False)
 
 
 def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:

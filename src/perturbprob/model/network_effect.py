@@ -57,10 +57,10 @@ class LaplaceNetwork(PyroModule):
 class NetworkEffect(MarkEffect):
     """A network W over genes, and each perturbation on its own gene alone.
 
-    ``network`` samples W, by default as `GatedNetwork`. × takes all product of its gene away; ↓ a share ~ Beta(2, 2) (site ``interference_strength``), ↑ adds
-    ~ LogNormal(0, 0.7) of the product at rest (``activation_strength``). What a perturbation adds to the transcript of its own gene is
-    ``perturbation_own`` ~ Normal(0, s_p²); media act on every gene. What a gene does to itself is not told apart from its decay,
-    and left out.
+    ``network`` samples W, by default as `GatedNetwork`. × takes all product of its gene away; ↓ a share ~ Beta(2, 2) (site
+    ``interference_strength``), ↑ adds ~ LogNormal(0, 0.7) of the product at rest (``activation_strength``). What a perturbation adds to
+    the transcript of its own gene is ``perturbation_own`` ~ Normal(0, s_p²); media act on every gene. What a gene does to itself is
+    not told apart from its decay, and left out.
     """
 
     def __init__(self, vocabulary: Vocabulary, network: GatedNetwork | LaplaceNetwork | None = None) -> None:

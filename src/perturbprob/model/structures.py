@@ -195,13 +195,13 @@ def causal_context(
 
 
 def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> CellModel:
-    """The network of `causal_context` as a stationary diffusion, for cells that are at rest at the one time of a screen (Lorch et al., 2024).
+    """The network of `causal_context` as a stationary diffusion, for cells at rest at the one time of a screen (Lorch et al., 2024).
 
     dx = (W (f − 1) + context − x) ds + σ ⊙ dB: the state x is log(1 + count / size factor), less its mean in control, in standard
-    deviations of each gene among cells of one condition (`StationaryDiffusion`, `Log1p`). `fit` finds the diffusion that leaves the cells of
-    each condition as they are, by the kernel deviation from stationarity (`stationarity_deviation`), and weights W ~ Laplace(0,
-    ``edge_scale``) at the mode: a weight is how many standard deviations a gene's target moves per unit of the regulator's product (1 in
-    control), and a smaller ``edge_scale`` leaves fewer that matter. ``seed`` starts nothing here but is kept as elsewhere.
+    deviations of each gene among cells of one condition (`StationaryDiffusion`, `Log1p`). `fit` finds the diffusion that leaves the
+    cells of each condition as they are, by the kernel deviation from stationarity (`stationarity_deviation`), with weights
+    W ~ Laplace(0, ``edge_scale``) at the mode. A weight is how many standard deviations a gene is drawn up per unit of the regulator's
+    product (1 in control); a smaller ``edge_scale`` leaves fewer that matter. ``seed`` is kept as elsewhere.
 
     What it does not have: a law of measuring, so the noise of counting is taken for diffusion (use it where counts are high), and batch
     effects are what a regression of condition means finds; a likelihood, so there are no intervals, no posterior and no `log_density`;
@@ -219,7 +219,7 @@ def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> Cel
     require_screen(screen, partial=True)
     _check_genes("stationary", screen, MOST_AT_REST)
     if screen.values == "continuous" or screen.assays:
-        raise ValueError("stationary is about counts of single cells, RNA alone: for continuous values use node, and screen.with_assays({}).")
+        raise ValueError("stationary is about counts of RNA in single cells: for continuous values use node; leave other assays out.")
     if len(screen.times) != 1 or screen.times[0] <= 0:
         found = ", ".join(f"{time:g}" for time in screen.times)
         raise ValueError(
