@@ -188,6 +188,8 @@ def _batches(fit: Fit) -> str:
     title, cells = "How large are the batch effects?", _cells_of_batches(fit)
     if len(cells) < 2:
         return _section(title, _paragraph("There is one batch: its effect is fixed to 0."))
+    if fit.settings["objective"] == "kds":
+        return _section(title, _paragraph("They were taken out by a regression of the means of conditions, without a posterior."))
     draws = posterior(fit, N_DRAWS).posterior["batch_effect"].squeeze("chain")
     size = draws.std("gene")
     spread = zip(size.mean("draw").values, *size.quantile([0.05, 0.95], "draw").values, strict=True)

@@ -139,6 +139,15 @@ def test_it_comes_back_from_disk_bit_for_bit(fit: pb.Fit, screen: pb.Screen, tmp
     assert "deviation from stationarity" in repr(fit)
 
 
+def test_a_report_and_figures_are_drawn_without_a_posterior(fit: pb.Fit, tmp_path: Path) -> None:
+    fit.report(tmp_path / "report.html")
+    assert "without a posterior" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    edges = pb.edges(fit)
+    with pytest.raises(ValueError, match="These edges have weights and no probabilities"):
+        pb.plots.network(edges)
+    assert pb.plots.network(edges.assign(probability=1.0 * (abs(edges.weight) > 0.2))).axes
+
+
 @pytest.mark.parametrize(
     "question",
     [
@@ -146,17 +155,16 @@ def test_it_comes_back_from_disk_bit_for_bit(fit: pb.Fit, screen: pb.Screen, tmp
         lambda fit, _: pb.posterior(fit, 2),
         lambda fit, _: pb.effects(fit, n_draws=2, progress=False),
         lambda fit, _: pb.decompose_batches(fit, n_draws=2, progress=False),
+        latent,
+        lambda fit, screen: pb.counterfactual(fit, screen, screen.conditions[-1], progress=False),
+        lambda fit, screen: pb.batch_error(fit, screen, progress=False),
+        lambda fit, screen: pb.projected(fit, screen.conditions[-1], batch_from="0", batch_to="1"),
         lambda fit, screen: fit.model.measurement(torch.zeros(1, N_GENES)).log_prob(torch.zeros(1, N_GENES)),
     ],
 )
 def test_what_needs_a_likelihood_is_refused(fit: pb.Fit, screen: pb.Screen, question: Callable[[pb.Fit, pb.Screen], object]) -> None:
     with pytest.raises(ValueError, match=r"stationary diffusion has no likelihood.*predict, predictive_check or\s+edges"):
         question(fit, screen)
-
-
-def test_questions_of_given_cells_are_refused(fit: pb.Fit, screen: pb.Screen) -> None:
-    with pytest.raises(ValueError, match=r"no q\(z0 \| x\)"):
-        latent(fit, screen)
 
 
 def test_the_score_sheet_is_filled_as_far_as_it_applies(screen: pb.Screen) -> None:

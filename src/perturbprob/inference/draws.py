@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Sites = dict[str, Tensor]
 
 LARGE = 2e9
+GIVEN_CELLS = "What is asked of given cells goes by the law of their rest states given their counts"
 
 
 def check_draws(n_draws: int, name: str = "n_draws") -> None:

@@ -214,8 +214,8 @@ class Guide(PyroModule):
             return dist.Delta(self.known_start.expand(len(cells), -1), event_dim=1)
         if not self.encodes:
             raise ValueError(
-                "This fit has no q(z0 | x), the law of a cell's rest state given its counts, since objective='paths' (or 'kds') compares "
-                "sets of cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
+                "This fit has no q(z0 | x), the law of a cell's rest state given its counts, since objective='paths' compares sets of "
+                "cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
             )
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
         if cells.present is not None:
