@@ -188,12 +188,30 @@ def test_objectives_and_structures_go_together(screen: pb.Screen) -> None:
             pb.fit(model, screen, objective=objective, epochs=1)
     with pytest.raises(ValueError, match="distance='mmd' goes with objective='paths'"):
         pb.fit(pb.stationary(screen), screen, distance="mmd", epochs=1)
+    with pytest.raises(ValueError, match="a minibatch of 15 holds hardly two of each of the 8 conditions"):
+        pb.fit(pb.stationary(screen), screen, minibatch=15, epochs=1)
+
+
+def test_interference_activation_and_media_act_as_in_a_causal_context() -> None:
+    screen = pb.simulate(n_cells=200, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(3.0,), seed=1).screen
+    first, second = screen.perturbations
+    swap = {first: pb.Interference(first), second: pb.Activation(second)}
+    protocols = tuple(pb.Protocol([swap.get(getattr(a, "gene", None), a) for a in p]) for p in screen.conditions)
+    screen = replace(screen, conditions=protocols)
+    fit = pb.fit(pb.stationary(screen), screen, epochs=3, progress=False)
+    done = fit.model.pushes(centre(fit.model, fit.guide))
+    symbols = [p.symbol for p in fit.model.vocabulary.perturbations]
+    assert [int(n) for n in (done.lost > 0).sum(1)] == [int(s == "↓") for s in symbols]
+    assert [int(n) for n in (done.gained > 0).sum(1)] == [int(s == "↑") for s in symbols]
+    assert np.isfinite(pb.predict(fit, n_draws=1, batch="average", progress=False)["mean"]).all()
 
 
 def test_what_is_no_screen_at_rest_is_refused(screen: pb.Screen) -> None:
     times = pb.simulate(n_cells=100, n_genes=8, n_perturbations=2, times=(1.0, 2.0), seed=1).screen
-    with pytest.raises(ValueError, match="takes all cells to be at rest, and this screen has the times 1, 2"):
-        pb.stationary(times)
+    one = pb.stationary(times[np.array([p.time == 1 for p in times.conditions])[times.condition]])
+    for refused in (lambda: pb.stationary(times), lambda: pb.fit(one, times, epochs=1)):
+        with pytest.raises(ValueError, match="takes all cells to be at rest, and this screen has the times 1, 2"):
+            refused()
     at_start = replace(screen, conditions=tuple(pb.Protocol([a for a in p if not isinstance(a, pb.Wait)]) for p in screen.conditions))
     with pytest.raises(ValueError, match="has the times 0"):
         pb.stationary(at_start)

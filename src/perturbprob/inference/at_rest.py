@@ -12,6 +12,7 @@ from perturbprob.inference.draws import sites_at
 from perturbprob.measurement.decoder import Log1p
 from perturbprob.measurement.distances import default_bandwidth
 from perturbprob.measurement.stationarity import stationarity_deviation
+from perturbprob.model.structures import require_at_rest
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
@@ -34,9 +35,12 @@ class AtRestLoss(nn.Module):
     def __init__(self, model: "CellModel", guide: "Guide", table: "CellTable", training: Int[Tensor, " cell"]) -> None:
         """Measure level, scale and bandwidth on the cells trained on."""
         super().__init__()
+        require_at_rest(table.screen)
         self.model, self.guide, self.n_cells = model, guide, len(training)
         with torch.no_grad():
             cells, self.fixed = table.cells(training), sites_at(model, guide)
+            if not (cells.condition == 0).any():
+                raise ValueError("No control cell is left to train on, and stationary counts from their mean: fit with validation=0.0.")
             values = torch.log1p(self._corrected(cells))
             means = torch.stack([values[cells.condition == k].mean(0) for k in range(len(table.screen.conditions))])
             self.decoder.scale.copy_((values - means[cells.condition]).square().mean(0).sqrt().clamp(min=1e-3))

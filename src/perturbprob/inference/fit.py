@@ -128,7 +128,7 @@ def fit(
     """Fit the posterior of a model by stochastic variational inference.
 
     Main arguments: ``epochs`` passes over the cells in minibatches of ``minibatch`` cells (default: a fiftieth of them, at least
-    32 and at most 256), Adam with a learning rate that falls
+    32 and at most 256; for "kds" at least 8 for each condition), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
     is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1, and the dispersion of
@@ -144,11 +144,16 @@ def fit(
     """
     require_screen(screen, partial=True)
     check_seed(seed)
-    minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
+    objective = chosen_objective(objective, distance, model)
+    minibatch = _default_minibatch(screen, objective) if minibatch is None else minibatch
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
     )
-    objective = chosen_objective(objective, distance, model)
+    if objective == "kds" and minibatch < min(screen.n_cells, 2 * len(screen.conditions)):
+        raise ValueError(
+            f"objective='kds' compares cells of one condition, and a minibatch of {minibatch} holds hardly two of each of the "
+            f"{len(screen.conditions)} conditions: leave minibatch= out, or give several times as many."
+        )
     settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch}
     settings |= {"learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
@@ -163,6 +168,12 @@ def fit(
             raise SolverError(str(error).split("\n")[0]) from None
         finally:
             pyro.util.set_rng_state(pyro_state)
+
+
+def _default_minibatch(screen: Screen, objective: str) -> int:
+    """Return a fiftieth of the cells within bounds; where cells of one condition are compared, at least eight for each."""
+    size = min(256, max(32, screen.n_cells // 50))
+    return max(size, 8 * len(screen.conditions)) if objective == "kds" else size
 
 
 def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:

@@ -218,16 +218,7 @@ def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> Cel
     """
     require_screen(screen, partial=True)
     _check_genes("stationary", screen, MOST_AT_REST)
-    if screen.values == "continuous" or screen.assays:
-        raise ValueError("stationary is about counts of RNA in single cells: for continuous values use node; leave other assays out.")
-    if len(screen.times) != 1 or screen.times[0] <= 0:
-        found = ", ".join(f"{time:g}" for time in screen.times)
-        raise ValueError(
-            f"stationary takes all cells to be at rest, and this screen has the times {found}: keep the one at which they are "
-            "(steady_states says which), or use causal_context, which learns from the way there."
-        )
-    if screen.conditions[0].perturbations:
-        raise ValueError("stationary counts from the mean of control cells, and this screen has none: add them, or name control=.")
+    require_at_rest(screen)
     if not edge_scale > 0:
         raise ValueError(f"edge_scale is how large weights are and must be above 0; got {edge_scale}.")
     n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
@@ -244,6 +235,20 @@ def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> Cel
         field=None,
         seed=seed,
     )
+
+
+def require_at_rest(screen: Screen) -> None:
+    """Refuse a screen that `stationary` cannot be made of, or fitted to."""
+    if screen.values == "continuous" or screen.assays:
+        raise ValueError("stationary is about counts of RNA in single cells: for continuous values use node; leave other assays out.")
+    if len(screen.times) != 1 or screen.times[0] <= 0:
+        found = ", ".join(f"{time:g}" for time in screen.times)
+        raise ValueError(
+            f"stationary takes all cells to be at rest, and this screen has the times {found}: keep the one at which they are "
+            "(steady_states says which), or use causal_context, which learns from the way there."
+        )
+    if screen.conditions[0].perturbations:
+        raise ValueError("stationary counts from the mean of control cells, and this screen has none: add them, or name control=.")
 
 
 def _check_genes(structure: str, screen: Screen, most: int) -> None:
