@@ -55,6 +55,7 @@ from perturbprob.model import (  # noqa: E402
     causal_context,
     neural_sde,
     node,
+    stationary,
     vae,
 )
 from perturbprob.studies import (  # noqa: E402
@@ -136,6 +137,7 @@ __all__ = [
     "sensitivity",
     "simulate",
     "split",
+    "stationary",
     "steady_states",
     "translate",
     "vae",

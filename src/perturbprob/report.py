@@ -80,7 +80,7 @@ def write_report(fit: Fit, path: str | Path, *, check: PredictiveCheck | None = 
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file, such as {path / 'report.html'}.")
-    has_posterior = fit.losses["train"] and fit.settings["objective"] != "paths"
+    has_posterior = fit.losses["train"] and fit.settings["objective"] == "elbo"
     if hits is None and has_posterior and fit.model.vocabulary.perturbations:
         hits = effects(fit, n_draws=N_DRAWS, progress=False)
     parts = [_fitted(fit), _training(fit), _effects(fit, hits), _confounded(fit), _batches(fit)]
@@ -123,7 +123,7 @@ def _effects(fit: Fit, hits: xr.Dataset | None) -> str:
     title = "What do the perturbations do?"
     if hits is None:
         why = "the training broke off" if fit.model.vocabulary.perturbations else "the fit has no perturbation"
-        why = "objective='paths' fits no posterior" if fit.settings["objective"] == "paths" else why
+        why = why if fit.settings["objective"] == "elbo" else f"objective={fit.settings['objective']!r} fits no posterior"
         return _section(title, _paragraph(f"Nothing was compared with control: {why}."))
     table = _hits(hits) if "hit" in hits else _paragraph(f"Compared with {hits.attrs['against']}: hits are only told against control.")
     return _section(title, table, _image(plots.effects(hits), "log fold changes of perturbations and genes, and the surest with intervals"))
@@ -188,6 +188,8 @@ def _batches(fit: Fit) -> str:
     title, cells = "How large are the batch effects?", _cells_of_batches(fit)
     if len(cells) < 2:
         return _section(title, _paragraph("There is one batch: its effect is fixed to 0."))
+    if fit.settings["objective"] == "kds":
+        return _section(title, _paragraph("They were taken out by a regression of the means of conditions, without a posterior."))
     draws = posterior(fit, N_DRAWS).posterior["batch_effect"].squeeze("chain")
     size = draws.std("gene")
     spread = zip(size.mean("draw").values, *size.quantile([0.05, 0.95], "draw").values, strict=True)

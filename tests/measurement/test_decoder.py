@@ -1,10 +1,12 @@
 """The decoder: shares that sum to one, and offsets that act on single genes."""
 
+import math
+
 import numpy as np
 import scipy.stats
 import torch
 
-from perturbprob.measurement.decoder import TAIL, Decoder, log_prior, normal_points
+from perturbprob.measurement.decoder import TAIL, Decoder, Log1p, log_prior, normal_points
 
 
 def test_shares_sum_to_one_for_every_cell_and_draw():
@@ -74,3 +76,13 @@ def test_the_prior_of_a_network_that_moves_nothing_is_finite():
     value.backward()
     assert value == 0
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters())
+
+
+def test_counts_become_states_and_states_counts():
+    decoder = Log1p(4, math.log(100.0))
+    decoder.scale.copy_(torch.tensor([0.5, 1.0, 2.0, 0.1]))
+    counts, offset = torch.tensor([[0.5, 3.0, 20.0, 70.0]]), torch.tensor([0.01, 0.05, 0.2, 0.5]).log()
+    state = decoder.state(counts, offset)
+    torch.testing.assert_close(100 * decoder(state, offset).exp(), counts)
+    torch.testing.assert_close(decoder(torch.zeros(4), offset), offset)
+    assert float(100 * decoder(torch.full((4,), -1e3), offset).exp().amax()) < 1e-5

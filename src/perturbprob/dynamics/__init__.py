@@ -5,6 +5,7 @@ from perturbprob.dynamics.latent_shift import LatentShift
 from perturbprob.dynamics.neural_ode import NeuralODE, Stable
 from perturbprob.dynamics.neural_sde import NeuralSDE
 from perturbprob.dynamics.solve import Solver, SolverError
+from perturbprob.dynamics.stationary import StationaryDiffusion
 from perturbprob.dynamics.transition import CellState, Effects, Transition
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Solver",
     "SolverError",
     "Stable",
+    "StationaryDiffusion",
     "Transition",
 ]

@@ -39,6 +39,8 @@ class UndeclaredWarning(UserWarning):
 
 def say_untested(fit: "Fit") -> None:
     """Say that unedited cells may move, where nothing shows whether they do and nobody has declared that they do not (2.3.1)."""
+    if fit.settings["objective"] == "kds":  # all cells are declared to be at rest
+        return
     waits = {Protocol.parse(text).time for text in fit.trained_on["conditions"]}
     confounded = any({"time", "batch"} == set(pair) for pair in fit.trained_on["confounded"])
     if (len(waits) > 1 and not confounded) or any(bound.name == "unedited_stable" for bound in fit.model.assumptions):
@@ -78,6 +80,8 @@ def say_apart(fit: "Fit", protocols: Sequence[Protocol], batches: Sequence[str |
 
 def say_far(fit: "Fit", protocols: Sequence[Protocol]) -> None:
     """Say that nothing was measured near a time."""
+    if fit.settings["objective"] == "kds":  # any time is the law at rest
+        return
     last = max(Protocol.parse(text).time for text in fit.trained_on["conditions"])
     for protocol in protocols:
         if protocol.time > FAR * last:

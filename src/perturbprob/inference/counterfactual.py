@@ -10,7 +10,7 @@ from perturbprob.dynamics.inverse import invert
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.caveats import say_apart
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.predict import known_protocol
 from perturbprob.model.cells import Cells, CellTable
 
@@ -62,7 +62,7 @@ def counterfactual(
     >>> what["mean"].dims
     ('cell', 'gene')
     """
-    require_fit(fit)
+    require_likelihood(fit, GIVEN_CELLS)
     check_draws(n_draws)
     if route not in ROUTES:
         raise ValueError(f"Unknown route {route!r}. Use one of {', '.join(map(repr, ROUTES))}.")
@@ -104,7 +104,7 @@ def translate(
     >>> pb.translate(fit, screen[:5], batch_to="batch2", n_draws=4, progress=False)["mean"].shape
     (5, 10)
     """
-    require_fit(fit)
+    require_likelihood(fit, GIVEN_CELLS)
     check_draws(n_draws)
     if not 0 < level < 1:
         raise ValueError(f"level is a probability between 0 and 1; got {level}.")

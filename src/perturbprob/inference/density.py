@@ -9,7 +9,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from perturbprob.inference.draws import Sites, bar, check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.draws import Sites, bar, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def log_density(
     >>> pb.log_density(fit, screen, particles=5).sizes["cell"]
     200
     """
-    require_fit(fit)
+    require_likelihood(fit, "log_density is the log of a likelihood")
     check_draws(particles, "particles")
     check_draws(minibatch, "minibatch")
     table = CellTable(fit.model, screen)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Sites = dict[str, Tensor]
 
 LARGE = 2e9
+GIVEN_CELLS = "What is asked of given cells goes by the law of their rest states given their counts"
 
 
 def check_draws(n_draws: int, name: str = "n_draws") -> None:
@@ -42,9 +43,19 @@ def require_fit(fit: object) -> None:
         raise TypeError(f"A fit is needed here; got {type(fit).__name__}. Make one with fit = pb.fit(model, screen).")
 
 
+def require_likelihood(fit: "Fit", what: str) -> None:
+    """Refuse a fit of a structure without a likelihood where an answer needs one."""
+    require_fit(fit)
+    if fit.settings["objective"] == "kds":
+        raise ValueError(
+            f"{what}, and a stationary diffusion has no likelihood (objective='kds'). Ask predict, predictive_check or edges, which give "
+            "its one best answer; or fit causal_context, which has the same network and a posterior."
+        )
+
+
 def require_posterior(fit: "Fit", what: str) -> None:
     """Refuse a deterministic fit where an answer is a statement about its uncertainty."""
-    require_fit(fit)
+    require_likelihood(fit, f"{what} by their posterior")
     if fit.settings["objective"] == "paths":
         raise ValueError(f"{what} by their posterior, and objective='paths' has none. Compare conditions with predict, or fit by the ELBO.")
 

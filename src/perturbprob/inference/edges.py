@@ -19,6 +19,8 @@ def edges(fit: "Fit", *, n_draws: int = 200, level: float = 0.9, seed: int = 0) 
     is more than half open, and ``positive`` that in which W is above 0. The diagonal is NaN: what a gene does to itself is not told apart
     from its decay. ``perturbed`` says whether a regulator was perturbed; edges from others rest on what moved them.
 
+    A fit of `stationary` has one best weight for each edge, and no draws: ``lower``, ``upper``, ``probability`` and ``positive`` are NaN.
+
     Raises ValueError for a fit without a network.
 
     >>> import perturbprob as pb
@@ -32,10 +34,10 @@ def edges(fit: "Fit", *, n_draws: int = 200, level: float = 0.9, seed: int = 0) 
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}.")
     names = fit.model.vocabulary
-    found = [(s["network"], s["edge_gate"]) for s in global_draws(fit.model, fit.guide, n_draws, seed) if "network" in s]
+    found = [s for s in global_draws(fit.model, fit.guide, n_draws, seed) if "network" in s]
     if not found:
         raise ValueError("This fit has no network over genes. Fit a causal_context to ask for edges.")
-    weight, gate = (np.stack([part[k].cpu().numpy() for part in found]) for k in (0, 1))
+    weight, gate = (np.stack([s.get(name, s["network"]).cpu().numpy() for s in found]) for name in ("network", "edge_gate"))
     lower, upper = np.quantile(weight, [(1 - level) / 2, (1 + level) / 2], axis=0)
     values = {
         "weight": weight.mean(0),
@@ -44,6 +46,8 @@ def edges(fit: "Fit", *, n_draws: int = 200, level: float = 0.9, seed: int = 0) 
         "probability": (gate > 0.5).mean(0),
         "positive": (weight > 0).mean(0),
     }
+    if fit.settings["objective"] == "kds":
+        values |= {name: np.full_like(value, np.nan) for name, value in values.items() if name != "weight"}
     diagonal = np.eye(len(names.genes), dtype=bool)
     genes, done = list(names.genes), {p.gene for p in names.perturbations}
     return xr.Dataset(

@@ -14,6 +14,7 @@ from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.inference.draws import Sites, check_seed
 from perturbprob.measurement.counts import CountLaw
+from perturbprob.measurement.exact import ExactLaw
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -117,11 +118,13 @@ def ended(
     return model.transition.settled(state, model.pushes(sites)) if settled and isinstance(model.transition, CausalContext) else state
 
 
-def interpolated_log1p(law: CountLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:
+def interpolated_log1p(law: CountLaw | ExactLaw, moment: Callable[[CountLaw], Tensor] = CountLaw.mean_log1p) -> Float[Tensor, "... gene"]:
     """Return E[log(1 + x)], or another ``moment``, of many rates that share each gene's dispersion and gate, from a table over log rates.
 
     The table has a step of 0.05 or finer; the second derivative is at most about 0.25, so linear interpolation errs by less than 1e-4.
     """
+    if isinstance(law, ExactLaw):
+        return law.mean_log1p()
     rates = law.log_rate.flatten(0, -2)
     low, high = rates.min() - 0.1, rates.max() + 0.1
     n = max(2, int((high - low) / 0.05) + 2)

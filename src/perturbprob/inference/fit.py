@@ -19,9 +19,10 @@ from torch import Tensor
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.inference.at_rest import AtRestLoss
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.draws import bar, check_seed
-from perturbprob.inference.objective import PathLoss, check_objective
+from perturbprob.inference.objective import PathLoss, chosen_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
@@ -61,8 +62,9 @@ class Fit:
 
     def _loss(self) -> str:
         """Name the last loss."""
-        last, paths = self.losses["train"][-1], self.settings.get("objective") == "paths"
-        return f"{self.settings['distance']} {last:.4g}" if paths else f"-ELBO {last:.4f} per cell and gene"
+        last, words = self.losses["train"][-1], {"paths": self.settings["distance"], "kds": "deviation from stationarity, and penalty,"}
+        objective = self.settings["objective"]
+        return f"{words[objective]} {last:.4g}" if objective in words else f"-ELBO {last:.4f} per cell and gene"
 
     def report(self, path: str | Path | None = None) -> str:
         """Return how the training went and a verdict on convergence, in words; with a path, also write the HTML report there."""
@@ -75,7 +77,7 @@ class Fit:
     def _unlearnt(self) -> list[str]:
         """Say what this screen cannot teach about waiting."""
         waits = {Protocol.parse(text).time for text in self.trained_on["conditions"]}
-        if len(waits) > 1:
+        if len(waits) > 1 or self.settings["objective"] == "kds":
             return []
         kept = "the decay γ of the latent state keeps the value it started from"
         return [f"All cells waited equally long: {kept}, and predictions at other times rest on it."]
@@ -118,7 +120,7 @@ def fit(
     validation: float = 0.1,
     patience: int = 20,
     warmup: int = 20,
-    objective: str = "elbo",
+    objective: str | None = None,
     distance: str = "mse",
     seed: int = 0,
     progress: bool = True,
@@ -126,12 +128,14 @@ def fit(
     """Fit the posterior of a model by stochastic variational inference.
 
     Main arguments: ``epochs`` passes over the cells in minibatches of ``minibatch`` cells (default: a fiftieth of them, at least
-    32 and at most 256), Adam with a learning rate that falls
+    32 and at most 256; for "kds" at least 8 for each condition), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
     is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1, and the dispersion of
     counts stays where their moments put it. ``seed`` fixes the start of the guide,
     the order of the cells and all draws; the user's own random state is left alone.
+    ``objective`` is "elbo", by default, and "kds" for `stationary`, which has no likelihood: the kernel deviation from
+    stationarity, between cells of one condition in a minibatch (`stationarity_deviation`), and a penalty; deterministic too.
     ``objective="paths"`` fits no posterior but the deterministic F on the pairs of eq 5, by the ``distance`` between predicted and
     measured ends: "mse" of pseudobulk rows, or "moment", "energy", "sinkhorn", "mmd" between sets of cells (eq 23). Counts are compared
     as log1p, cells of a condition in its minibatch as a set; "mse" compares their means. Its draws are all alike, and of counts it learns
@@ -140,11 +144,16 @@ def fit(
     """
     require_screen(screen, partial=True)
     check_seed(seed)
-    minibatch = min(256, max(32, screen.n_cells // 50)) if minibatch is None else minibatch
+    objective = chosen_objective(objective, distance, model)
+    minibatch = _default_minibatch(screen, objective) if minibatch is None else minibatch
     _check_arguments(
         model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
     )
-    check_objective(objective, distance, model)
+    if objective == "kds" and minibatch < min(screen.n_cells, 2 * len(screen.conditions)):
+        raise ValueError(
+            f"objective='kds' compares cells of one condition, and a minibatch of {minibatch} holds hardly two of each of the "
+            f"{len(screen.conditions)} conditions: leave minibatch= out, or give several times as many."
+        )
     settings: dict[str, Any] = {"objective": objective, "distance": distance, "epochs": epochs, "minibatch": minibatch}
     settings |= {"learning_rate": learning_rate, "validation": validation}
     settings |= {"patience": patience, "warmup": min(warmup, epochs // 2)}
@@ -159,6 +168,12 @@ def fit(
             raise SolverError(str(error).split("\n")[0]) from None
         finally:
             pyro.util.set_rng_state(pyro_state)
+
+
+def _default_minibatch(screen: Screen, objective: str) -> int:
+    """Return a fiftieth of the cells within bounds; where cells of one condition are compared, at least eight for each."""
+    size = min(256, max(32, screen.n_cells // 50))
+    return max(size, 8 * len(screen.conditions)) if objective == "kds" else size
 
 
 def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
@@ -192,14 +207,21 @@ class _Training:
         n_held = min(int(settings["validation"] * screen.n_cells), screen.n_cells - 1)
         self.held, self.training = order[:n_held], order[n_held:]
         self.settings["steps_per_epoch"] = -(-len(self.training) // settings["minibatch"])
-        paths = settings["objective"] == "paths"
-        self.guide = Guide(model, node_design(model, screen), encodes=not paths)
+        self.guide = Guide(model, node_design(model, screen), encodes=settings["objective"] == "elbo")
         if screen.values == "counts":
             self.guide.start(model, screen)
         self.guide.to(model.log_share.device)
-        self.elbo = PathLoss(model, self.guide, settings["distance"]) if paths else Trace_ELBO()(model, self.guide)
+        self.elbo = self._loss()
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}
         self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
+
+    def _loss(self) -> Any:
+        """Return what is minimised."""
+        if self.settings["objective"] == "paths":
+            return PathLoss(self.model, self.guide, self.settings["distance"])
+        if self.settings["objective"] == "kds":
+            return AtRestLoss(self.model, self.guide, self.table, self.training)
+        return Trace_ELBO()(self.model, self.guide)
 
     def run(self, progress: bool) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
@@ -255,7 +277,7 @@ class _Training:
         """Return the held-out cells' negative ELBO given one draw of the globals, per cell and gene; the same noise each time."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            if self.settings["objective"] == "paths":
+            if self.settings["objective"] != "elbo":
                 return float(self.elbo.between_cells(self.table.cells(self.held, len(self.held))))
             total = 0.0
             for index in self.held.split(self.settings["minibatch"]):
@@ -270,6 +292,8 @@ class _Training:
     @torch.no_grad()
     def _blame(self, cells: Cells, index: Tensor) -> str:
         """Say at which step, site, batch, cells and genes the loss is not finite."""
+        if self.settings["objective"] == "kds":
+            return f"The loss is not finite at step {self.step}. The last good parameters are kept in error.fit. Lower learning_rate."
         encodes = self.settings["objective"] == "elbo"
         guide = pyro.poutine.trace(self.guide).get_trace(cells) if encodes else pyro.poutine.trace(self.guide.globals).get_trace()
         model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
@@ -294,7 +318,7 @@ class _Training:
     def _fit(self) -> Fit:
         """Put the result together."""
         self.elbo.eval().requires_grad_(False)
-        if self.settings["objective"] == "paths":
+        if self.settings["objective"] != "elbo":
             self.guide.sharpen()
         return Fit(
             model=self.model,

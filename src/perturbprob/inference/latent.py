@@ -8,7 +8,7 @@ import torch
 
 from perturbprob.experiment.screen import Screen, ScreenWarning
 from perturbprob.inference.caveats import AliasedWarning
-from perturbprob.inference.draws import centre, warn_if_large
+from perturbprob.inference.draws import GIVEN_CELLS, centre, require_likelihood, warn_if_large
 from perturbprob.inference.expectation import interpolated_log1p
 from perturbprob.model.cells import CellTable
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def latent(fit: "Fit", screen: "Screen", *, minibatch: int = 1024) -> dict[str, np.ndarray]:
     """Return each cell's posterior mean of the rest state z₀ and the state z that it leads to, each (cell, latent)."""
+    require_likelihood(fit, GIVEN_CELLS)
     table = CellTable(fit.model, screen)
     sites = table.sites(centre(fit.model, fit.guide))
     rest, state = [], []

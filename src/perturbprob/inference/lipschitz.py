@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.dynamics.neighbours import gradient_constant, map_constant
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.predict import labelled
 from perturbprob.model.cells import Cells, CellTable
 
@@ -53,7 +53,7 @@ def lipschitz_constant(
     >>> dict(found.sizes), bool((found["lower"] <= found["upper"]).all())
     ({'of': 2, 'condition': 6}, True)
     """
-    require_fit(fit)
+    require_likelihood(fit, GIVEN_CELLS)
     check_draws(n_draws)
     check_draws(n_cells, "n_cells")
     kinds = [of] if isinstance(of, str) else list(of)

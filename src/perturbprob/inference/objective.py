@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from perturbprob.dynamics.stationary import StationaryDiffusion
 from perturbprob.inference.draws import Sites, sites_at
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.measurement.distances import DISTANCES, energy, mmd, sinkhorn
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
     from perturbprob.model.guide import Guide
 
-OBJECTIVES = ("elbo", "paths")
+OBJECTIVES = ("elbo", "paths", "kds")
 MSE = "mse"
 UNBIASED = {"energy": partial(energy, unbiased=True), "mmd": partial(mmd, unbiased=True)}
 # a thousandth of the mass in the wrong place moves a gradient by less than the choice of the minibatch does
@@ -82,12 +83,19 @@ class PathLoss(nn.Module):
         return TRAINED[self.distance](predicted, measured)
 
 
-def check_objective(objective: str, distance: str, model: "CellModel") -> None:
-    """Refuse objectives that do not exist, and assumptions whose term a distance cannot take in."""
+def chosen_objective(objective: str | None, distance: str, model: "CellModel") -> str:
+    """Return the objective, by default that of the structure; refuse what does not exist, and terms that a distance cannot take in."""
+    at_rest = isinstance(model.transition, StationaryDiffusion)
+    objective = objective or ("kds" if at_rest else "elbo")
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}. Use one of {', '.join(map(repr, OBJECTIVES))}.")
-    if objective == "elbo" and distance != MSE:
-        raise ValueError(f"distance={distance!r} goes with objective='paths': objective='elbo' compares densities, not sets.")
+    if (objective == "kds") != at_rest:
+        raise ValueError(
+            "objective='kds' and the structure stationary go together: it has no likelihood, and others have no law at rest. Leave "
+            "objective= out: fit takes the one that the structure has."
+        )
+    if objective != "paths" and distance != MSE:
+        raise ValueError(f"distance={distance!r} goes with objective='paths': objective={objective!r} compares no predicted set of cells.")
     if distance not in (MSE, *DISTANCES):
         raise ValueError(f"Unknown distance {distance!r}. Use one of {', '.join(map(repr, (MSE, *DISTANCES)))}.")
     if objective == "paths" and model.assays:
@@ -100,3 +108,4 @@ def check_objective(objective: str, distance: str, model: "CellModel") -> None:
             "objective='paths' minimises a distance, and SteadyState(scale='learnt') learns a noise, which no distance knows. Fit with "
             "objective='elbo', or take scale='fixed'."
         )
+    return objective

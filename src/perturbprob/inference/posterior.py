@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import xarray as xr
 
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_likelihood
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -91,7 +91,7 @@ def posterior(fit: "Fit", n_draws: int = 200, *, seed: int = 0) -> "InferenceDat
     >>> pb.posterior(fit, n_draws=5).posterior["batch_effect"].sel(batch="batch1").dims
     ('chain', 'draw', 'gene')
     """
-    require_fit(fit)
+    require_likelihood(fit, "A posterior is of a likelihood")
     check_draws(n_draws)
     return _inference_data("posterior", fit.model, global_draws(fit.model, fit.guide, n_draws, seed))
 

@@ -48,8 +48,8 @@ def predict(
       batches coincide with times or media, η may hold what they share, and None says so.
     - ``interval``: "mean", of the population mean; "observed", of the mean over a sample of ``n_cells`` cells.
 
-    A fit by ``objective="paths"`` has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit has never
-    seen is refused. A time it has not seen is predicted with wider intervals.
+    A fit by ``objective="paths"`` or "kds" has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit
+    has never seen is refused. A time it has not seen is predicted with wider intervals; of `stationary` any time is the law at rest.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
@@ -81,7 +81,7 @@ def predict(
 
     values = torch.stack(list(_draws(fit, protocols, batches, mean, n_draws=n_draws, seed=seed, progress=progress)))
     data = _interval(values, level)
-    if fit.settings["objective"] == "paths" and interval == "mean":  # a deterministic fit does not know how sure it is
+    if fit.settings["objective"] != "elbo" and interval == "mean":  # a deterministic fit does not know how sure it is
         data |= {end: torch.full_like(data[end], torch.nan) for end in ("lower", "upper")}
     units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)", "value": "as measured"}
     attrs = {"scale": scale, "units": units[scale], "interval": interval, "level": level, "n_draws": n_draws}

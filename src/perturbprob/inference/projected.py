@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Action, Protocol, Wait
-from perturbprob.inference.draws import Sites, centre
+from perturbprob.inference.draws import GIVEN_CELLS, Sites, centre, require_likelihood
 from perturbprob.inference.predict import known_protocol
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def projected(
     >>> f(fit.model.log_share.expand(3, 1, -1)).shape
     torch.Size([3, 1, 10])
     """
+    require_likelihood(fit, GIVEN_CELLS)
     if fit.model.start is None and not fit.guide.encodes:
         raise ValueError("A fit with objective='paths' of counts has no V⁻¹ from counts to states. Fit with objective='elbo'.")
     if fit.model.assays:

@@ -26,6 +26,9 @@ def verdict(losses: dict[str, list[float]], settings: dict[str, Any]) -> str:
     if len(held):
         best = settings["best_epoch"]
         lines.append(f"Validation cells: {held[0]:.4f} -> {held[best]:.4f} at epoch {best + 1}, which was kept.")
+    if settings.get("objective") == "kds":
+        words = f"kernel deviation from stationarity, and penalty, {train[0]:.4g} -> {train[-1]:.4g}"
+        return f"{len(train)} epochs, {words}.\nNo posterior was fitted: every draw is the same."
     if settings.get("objective") == "paths":
         words = f"{settings['distance']} {train[0]:.4g} -> {train[-1]:.4g}"
         return f"{len(train)} epochs of the deterministic F on eq 5, {words}.\nNo posterior was fitted: every draw is the same."

@@ -3,7 +3,7 @@
 from perturbprob.measurement.assays import AssayHead, BackgroundLaw, OpenLaw, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, CountLaw, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from perturbprob.measurement.decoder import Decoder, Identity
+from perturbprob.measurement.decoder import Decoder, Identity, Log1p
 from perturbprob.measurement.distances import (
     DISTANCES,
     Distance,
@@ -15,7 +15,9 @@ from perturbprob.measurement.distances import (
     random_matching,
     sinkhorn,
 )
+from perturbprob.measurement.exact import Exact, ExactLaw
 from perturbprob.measurement.normal import Normal
+from perturbprob.measurement.stationarity import stationarity_deviation
 
 __all__ = [
     "DISTANCES",
@@ -26,7 +28,10 @@ __all__ = [
     "CountLaw",
     "Decoder",
     "Distance",
+    "Exact",
+    "ExactLaw",
     "Identity",
+    "Log1p",
     "NegativeBinomial",
     "Normal",
     "OpenLaw",
@@ -42,4 +47,5 @@ __all__ = [
     "moment",
     "random_matching",
     "sinkhorn",
+    "stationarity_deviation",
 ]

@@ -64,3 +64,33 @@ class Identity(nn.Module):
     def forward(self, z: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return the location of each value."""
         return z + offset
+
+
+@final
+class Log1p(nn.Module):
+    """The state is log(1 + count at size factor 1), less its level in control, per standard deviation.
+
+    share = (exp(y) − 1) / depth, y = log(1 + depth · exp(offset)) + scale ⊙ z, not below 0. ``offset`` is the log share of each gene at
+    z = 0, ``log_depth`` the log of the depth at size factor 1. Nothing is normalised over genes, so counts become states and states
+    counts without loss.
+    """
+
+    scale: Tensor
+
+    def __init__(self, n_genes: int, log_depth: float) -> None:
+        """Start at a scale of 1; `CellModel`'s fit puts in that of the cells."""
+        super().__init__()
+        self.log_depth = log_depth
+        self.register_buffer("scale", torch.ones(n_genes))
+
+    def forward(self, z: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return the log share."""
+        return torch.expm1((self._level(offset) + self.scale * z).clamp(min=1e-6)).log() - self.log_depth
+
+    def state(self, counts: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return the state of cells from their counts over size factors."""
+        return (torch.log1p(counts) - self._level(offset)) / self.scale
+
+    def _level(self, offset: Float[Tensor, "*plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return log(1 + count) at z = 0."""
+        return torch.log1p(torch.exp(offset + self.log_depth))

@@ -11,7 +11,7 @@ from perturbprob.model.assumptions import (
 )
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.guide import Guide
-from perturbprob.model.structures import causal_context, neural_sde, node, vae
+from perturbprob.model.structures import causal_context, neural_sde, node, stationary, vae
 
 __all__ = [
     "Assumption",
@@ -26,5 +26,6 @@ __all__ = [
     "causal_context",
     "neural_sde",
     "node",
+    "stationary",
     "vae",
 ]

@@ -17,7 +17,8 @@ from perturbprob.experiment.vocabulary import Segment, Vocabulary
 from perturbprob.measurement.assays import AssayHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead
-from perturbprob.measurement.decoder import Decoder, Identity, LogRate, log_prior, normal_points
+from perturbprob.measurement.decoder import Decoder, Identity, Log1p, LogRate, log_prior, normal_points
+from perturbprob.measurement.exact import Exact
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
@@ -47,8 +48,8 @@ class CellModel(PyroModule):
         self,
         vocabulary: Vocabulary,
         transition: Transition,
-        decoder: Decoder | LogRate | Identity,
-        measurement: CountHead | Normal,
+        decoder: Decoder | LogRate | Log1p | Identity,
+        measurement: CountHead | Normal | Exact,
         batch_effect: BatchEffect,
         condition_effect: ConditionEffect,
         mark_effect: MarkEffect,

@@ -17,6 +17,7 @@ from perturbprob.dynamics.latent_shift import Additive, LatentShift, Network, Un
 from perturbprob.dynamics.neural_ode import NeuralODE, Push, Stable
 from perturbprob.dynamics.neural_sde import NeuralSDE
 from perturbprob.dynamics.solve import Solver
+from perturbprob.dynamics.stationary import StationaryDiffusion
 from perturbprob.dynamics.transition import Transition
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.assays import Assay
@@ -25,13 +26,14 @@ from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.assays import AssayHead, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from perturbprob.measurement.decoder import Decoder, Identity, LogRate
+from perturbprob.measurement.decoder import Decoder, Identity, Log1p, LogRate
+from perturbprob.measurement.exact import Exact
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.assumptions import Assumption, Bound, UneditedStable, bind, check_connected
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.condition_effect import ConditionEffect, nodes
 from perturbprob.model.mark_effect import MarkEffect, ShrunkEffect, SparseEffect
-from perturbprob.model.network_effect import NetworkEffect
+from perturbprob.model.network_effect import LaplaceNetwork, NetworkEffect
 
 HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
@@ -40,6 +42,8 @@ HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "normal": Normal,
     "known_noise": partial(Normal, learnt=False),
 }
+UNMEASURED: dict[str, Callable[[int], Exact]] = {"exact": Exact}
+"""Heads that only a structure of their own takes."""
 ASSAYS: dict[str, Callable[..., AssayHead]] = {"protein": ProteinHead, "chromatin": WindowHead, "open": OpenWindowHead}
 SHIFTS: dict[str, Callable[[int], nn.Module]] = {
     "additive": Additive,
@@ -56,12 +60,13 @@ class Slots:
     """What a structure fills by itself: how waiting moves the state, and what marks add to the push.
 
     ``in_genes`` says that the state is how far the log rate of each gene is from the median cell's: then few programmes make a cell at
-    rest, no network decodes, and all that a condition does is in the state.
+    rest, no network decodes, and all that a condition does is in the state. ``decoder`` is what decodes it, where log rates do not.
     """
 
     transition: Transition
     mark_effect: MarkEffect
     in_genes: bool = False
+    decoder: Log1p | None = None
 
 
 def _node(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None) -> Slots:
@@ -94,6 +99,14 @@ def _causal_context(facts: dict[str, Any], arguments: dict[str, Any], field: nn.
     return Slots(transition, NetworkEffect(facts["vocabulary"]), in_genes=True)
 
 
+def _stationary(facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None) -> Slots:
+    """Fill the slots with a network over genes at rest."""
+    n_genes = len(facts["vocabulary"].genes)
+    transition = StationaryDiffusion(n_genes, n_waits=arguments["n_waits"])
+    effect = NetworkEffect(facts["vocabulary"], LaplaceNetwork(n_genes, arguments["edge_scale"]))
+    return Slots(transition, effect, in_genes=True, decoder=Log1p(n_genes, facts["log_depth"]))
+
+
 def _declared(facts: dict[str, Any]) -> bool:
     """Say whether unedited cells are declared to stay where they are."""
     return any(isinstance(bound.assumption, UneditedStable) for bound in facts["assumptions"])
@@ -109,6 +122,7 @@ STRUCTURES: dict[str, Callable[[dict[str, Any], dict[str, Any], nn.Module | None
     "vae": _vae,
     "neural_sde": _neural_sde,
     "causal_context": _causal_context,
+    "stationary": _stationary,
 }
 
 
@@ -249,7 +263,9 @@ def _heads(facts: dict[str, Any], n_latent: int, n_hidden: int) -> dict[str, Ass
 
 def _programmes(n_latent: int, n_genes: int) -> nn.Linear:
     """Make the programmes in which cells at rest differ."""
-    return nn.Linear(n_latent, n_genes, bias=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element")  # cells at rest may all be alike
+        return nn.Linear(n_latent, n_genes, bias=False)
 
 
 def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None = None) -> CellModel:
@@ -263,8 +279,8 @@ def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field
     return CellModel(
         vocabulary,
         slots.transition,
-        Identity() if start is not None else LogRate() if in_genes else Decoder(n_latent, n_genes, n_hidden=n_hidden),
-        HEADS[arguments["measurement"]](n_genes),
+        slots.decoder or (Identity() if start is not None else LogRate() if in_genes else Decoder(n_latent, n_genes, n_hidden=n_hidden)),
+        (HEADS | UNMEASURED)[arguments["measurement"]](n_genes),
         _batches(facts, arguments["batch_effect"], n_state),
         ConditionEffect([] if in_genes else facts["nodes"], n_genes),
         slots.mark_effect,

@@ -6,6 +6,7 @@ from typing import final
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from perturbprob.dynamics.causal_context import NetworkEffects
@@ -14,17 +15,56 @@ from perturbprob.model.mark_effect import MarkEffect, sample_gate
 
 
 @final
-class NetworkEffect(MarkEffect):
-    """W = gate · slab for each regulator of each gene but itself (relaxed spike and slab), and each perturbation on its own gene alone.
+class GatedNetwork(PyroModule):
+    """W = gate · slab for each regulator of each gene but itself, a relaxed spike and slab.
 
     slab ~ Normal(0, s²), log s ~ Normal(−0.7, 0.7); gate = sigmoid(u / λ), u ~ Logistic(logit π, 1), λ = 0.2; π ~ Beta(1, 9) is the
-    share of edges. × takes all product of its gene away; ↓ a share ~ Beta(2, 2) (site ``interference_strength``), ↑ adds
-    ~ LogNormal(0, 0.7) of the product at rest (``activation_strength``). What a perturbation adds to the transcript of its own gene is
-    ``perturbation_own`` ~ Normal(0, s_p²); media act on every gene. What a gene does to itself is not told apart from its decay,
-    and left out.
+    share of edges.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, n_genes: int) -> None:
+        """Leave the diagonal out."""
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        self.register_buffer("others", 1 - torch.eye(n_genes), persistent=False)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Sample gates, slabs and their product."""
+        share = pyro.sample("edge_inclusion", dist.Beta(self.zero + 1.0, self.zero + 9.0))
+        gate = sample_gate("edge_gate_logit", share, self.others.shape)
+        scale = pyro.sample("edge_scale", dist.LogNormal(self.zero - 0.7, 0.7))
+        slab = pyro.sample("edge_slab", dist.Normal(torch.zeros_like(self.others), scale).to_event(2))
+        found = {"edge_gate": gate * self.others, "network": gate * slab * self.others}
+        return {name: pyro.deterministic(name, value, event_dim=2) for name, value in found.items()}
+
+
+@final
+class LaplaceNetwork(PyroModule):
+    """W ~ Laplace(0, ``scale``) for each regulator of each gene but itself: at the mode of its law weights are as by the lasso."""
+
+    def __init__(self, n_genes: int, scale: float) -> None:
+        """Leave the diagonal out."""
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("others", 1 - torch.eye(n_genes), persistent=False)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Sample the weights."""
+        weight = pyro.sample("edge_weight", dist.Laplace(torch.zeros_like(self.others), self.scale).to_event(2))
+        return {"network": pyro.deterministic("network", weight * self.others, event_dim=2)}
+
+
+@final
+class NetworkEffect(MarkEffect):
+    """A network W over genes, and each perturbation on its own gene alone.
+
+    ``network`` samples W, by default as `GatedNetwork`. × takes all product of its gene away; ↓ a share ~ Beta(2, 2) (site
+    ``interference_strength``), ↑ adds ~ LogNormal(0, 0.7) of the product at rest (``activation_strength``). What a perturbation adds to
+    the transcript of its own gene is ``perturbation_own`` ~ Normal(0, s_p²); media act on every gene. What a gene does to itself is
+    not told apart from its decay, and left out.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, network: GatedNetwork | LaplaceNetwork | None = None) -> None:
         """Place each perturbation on its gene; raises ValueError where a perturbed gene is no gene of the state."""
         super().__init__(vocabulary, len(vocabulary.genes))
         self.vocabulary = vocabulary
@@ -38,17 +78,12 @@ class NetworkEffect(MarkEffect):
         for row, p in enumerate(vocabulary.perturbations):
             own[row, place[p.gene]] = 1
         self.register_buffer("own", own, persistent=False)
-        self.register_buffer("others", 1 - torch.eye(len(place)), persistent=False)
+        self.network = GatedNetwork(len(place)) if network is None else network
         self.rows = {s: [k for k, p in enumerate(vocabulary.perturbations) if p.symbol == s] for s in "×↓↑"}
 
     def forward(self) -> dict[str, Tensor]:
         """Sample the network beside the effects of media and perturbations."""
-        share = pyro.sample("edge_inclusion", dist.Beta(self.zero + 1.0, self.zero + 9.0))
-        gate = sample_gate("edge_gate_logit", share, self.others.shape)
-        scale = pyro.sample("edge_scale", dist.LogNormal(self.zero - 0.7, 0.7))
-        slab = pyro.sample("edge_slab", dist.Normal(torch.zeros_like(self.others), scale).to_event(2))
-        found = {"edge_gate": gate * self.others, "network": gate * slab * self.others}
-        return {name: pyro.deterministic(name, value, event_dim=2) for name, value in found.items()} | super().forward()
+        return self.network() | super().forward()
 
     def effects(self, kind: str, scale: Tensor) -> dict[str, Tensor]:
         """Sample what media add to each gene; or what perturbations add to their own, and how strong they are."""

@@ -12,6 +12,8 @@ from perturbprob.model.filling import SHIFTS, make
 
 MOST_GENES = 1000
 """The most genes of a causal context: each may regulate each."""
+MOST_AT_REST = 400
+"""The most genes of a stationary diffusion, whose simulated way takes 24 numbers for each gene."""
 
 
 def node(
@@ -177,12 +179,7 @@ def causal_context(
     {'chain': 1, 'draw': 5, 'gene': 10, 'regulator': 10}
     """
     require_screen(screen, partial=True)
-    if screen.n_genes > MOST_GENES:
-        raise ValueError(
-            f"causal_context is in gene space, where {screen.n_genes:,} genes would be {screen.n_genes**2:,} edges; it takes at most "
-            f"{MOST_GENES:,}. Select genes before reading the screen, the perturbed ones among them: "
-            "scanpy.pp.highly_variable_genes, then adata[:, adata.var.highly_variable | adata.var_names.isin(perturbed)]."
-        )
+    _check_genes("causal_context", screen, MOST_GENES)
     return make(
         screen,
         "causal_context",
@@ -195,3 +192,70 @@ def causal_context(
         field=None,
         seed=seed,
     )
+
+
+def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> CellModel:
+    """The network of `causal_context` as a stationary diffusion, for cells at rest at the one time of a screen (Lorch et al., 2024).
+
+    dx = (W (f − 1) + context − x) ds + σ ⊙ dB: the state x is log(1 + count / size factor), less its mean in control, in standard
+    deviations of each gene among cells of one condition (`StationaryDiffusion`, `Log1p`). `fit` finds the diffusion that leaves the
+    cells of each condition as they are, by the kernel deviation from stationarity (`stationarity_deviation`), with weights
+    W ~ Laplace(0, ``edge_scale``) at the mode. A weight is how many standard deviations a gene is drawn up per unit of the regulator's
+    product (1 in control); a smaller ``edge_scale`` leaves fewer that matter. ``seed`` is kept as elsewhere.
+
+    What it does not have: a law of measuring, so the noise of counting is taken for diffusion (use it where counts are high), and batch
+    effects are what a regression of condition means finds; a likelihood, so there are no intervals, no posterior and no `log_density`;
+    time, so `predict` gives the law at rest whatever the wait above 0. `predict`, `predictive_check` and `edges` answer.
+
+    Raises ValueError for continuous values, for several times or time 0, without control, with further assays, for more than 400 genes,
+    and where a perturbed gene is not among them.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, times=(3.0,), seed=1).screen
+    >>> fit = pb.fit(pb.stationary(screen), screen, epochs=2, progress=False)
+    >>> fit.settings["objective"], pb.edges(fit)["weight"].shape
+    ('kds', (10, 10))
+    """
+    require_screen(screen, partial=True)
+    _check_genes("stationary", screen, MOST_AT_REST)
+    require_at_rest(screen)
+    if not edge_scale > 0:
+        raise ValueError(f"edge_scale is how large weights are and must be above 0; got {edge_scale}.")
+    n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
+    own = {"edge_scale": edge_scale, "n_waits": n_waits, "n_latent": 0, "measurement": "exact"}
+    return make(
+        screen,
+        "stationary",
+        own,
+        n_latent=None,
+        assumptions=(),
+        measurement=None,
+        batch_effect="constant",
+        n_hidden=1,
+        field=None,
+        seed=seed,
+    )
+
+
+def require_at_rest(screen: Screen) -> None:
+    """Refuse a screen that `stationary` cannot be made of, or fitted to."""
+    if screen.values == "continuous" or screen.assays:
+        raise ValueError("stationary is about counts of RNA in single cells: for continuous values use node; leave other assays out.")
+    if len(screen.times) != 1 or screen.times[0] <= 0:
+        found = ", ".join(f"{time:g}" for time in screen.times)
+        raise ValueError(
+            f"stationary takes all cells to be at rest, and this screen has the times {found}: keep the one at which they are "
+            "(steady_states says which), or use causal_context, which learns from the way there."
+        )
+    if screen.conditions[0].perturbations:
+        raise ValueError("stationary counts from the mean of control cells, and this screen has none: add them, or name control=.")
+
+
+def _check_genes(structure: str, screen: Screen, most: int) -> None:
+    """Refuse more genes than a structure in gene space takes."""
+    if screen.n_genes > most:
+        raise ValueError(
+            f"{structure} is in gene space, where {screen.n_genes:,} genes would be {screen.n_genes**2:,} edges; it takes at most "
+            f"{most:,}. Select genes before reading the screen, the perturbed ones among them: "
+            "scanpy.pp.highly_variable_genes, then adata[:, adata.var.highly_variable | adata.var_names.isin(perturbed)]."
+        )

@@ -43,7 +43,8 @@ def losses(fit: Fit, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib
         best = fit.settings["best_epoch"]
         axes.plot(best + 1, (held or train)[best], "o", color="black", label=f"kept: epoch {best + 1}")
         axes.legend(frameon=False)
-    loss = fit.settings["distance"] if fit.settings.get("objective") == "paths" else "−ELBO per cell and gene [nat]"
+    words = {"paths": fit.settings["distance"], "kds": "deviation from stationarity, and penalty"}
+    loss = words.get(fit.settings["objective"], "−ELBO per cell and gene [nat]")
     axes.set(xlabel="epoch", ylabel=loss, title="Loss over the training", xlim=(0.5, max(2, len(train)) + 0.5))
     axes.locator_params(axis="x", integer=True)
     return axes.figure.figure

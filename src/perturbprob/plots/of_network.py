@@ -26,6 +26,11 @@ def network(edges: xr.Dataset, *, least: float = 0.5, ax: "matplotlib.axes.Axes 
     """
     if not isinstance(edges, xr.Dataset) or "probability" not in edges:
         raise TypeError(f"plots.network draws what edges returned; got {type(edges).__name__}. Draw pb.edges(fit).")
+    if edges["probability"].isnull().all():
+        raise ValueError(
+            "These edges have weights and no probabilities, as those of stationary do. Say which to draw: "
+            "edges.assign(probability=1.0 * (abs(edges.weight) > 0.2))."
+        )
     if not 0 <= least <= 1:
         raise ValueError(f"least is a probability, from 0 to 1; got {least}.")
     graph, axes = _graph(edges, least), new_axes(ax, (7.0, 7.0))

@@ -12,7 +12,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Protocol, Wait
 from perturbprob.experiment.screen import Screen, require_screen
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.projected import Projected, projected
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def batch_error(fit: "Fit", screen: Screen, *, n_draws: int = 20, n_points: int 
     >>> dict(pb.batch_error(fit, screen, n_draws=3, progress=False).table["pair"].sizes)
     {'draw': 3, 'condition': 6, 'batch': 3, 'batch_from': 3}
     """
-    require_fit(fit)
+    require_likelihood(fit, GIVEN_CELLS)
     require_screen(screen)
     check_draws(n_draws)
     check_draws(n_points, "n_points")

@@ -1,5 +1,6 @@
 """Several fits on one score sheet: the same cells, the same questions, paired."""
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def compare(
     - ``coverage``: the share of conditions and genes whose observed mean lies inside the central 90 % of screens replicated from rest.
     - ``parameters``: numbers trained, of model and guide; ``seconds``: how long that took.
 
+    A fit of `stationary` has no likelihood: ``log_density`` and what is derived from it are NaN, its row is last, and a warning says so.
+
     Raises ValueError for fewer than two fits, for fits of different genes, and for a test cell that a fit was trained on: a fit that saw
     the answer cannot be compared. A fit by ``objective="paths"`` of counts has no density, and is refused too.
 
@@ -52,8 +55,8 @@ def compare(
     """
     _check(fits, test)
     how: dict[str, Any] = {"n_draws": n_draws, "seed": seed, "progress": progress}
-    density = {name: log_density(fit, test, particles, **how).values / test.n_genes for name, fit in fits.items()}
-    order = sorted(density, key=lambda name: -density[name].mean())
+    density = {name: _density(fit, test, particles, how) for name, fit in fits.items()}
+    order = sorted(density, key=lambda name: (np.isnan(density[name]).all(), -density[name].mean()))
     rows = []
     for name in order:
         fit, behind = fits[name], density[name] - density[order[0]]
@@ -62,8 +65,8 @@ def compare(
             {
                 "log_density": density[name].mean(),
                 "difference": behind.mean(),
-                "standard_error": 0.0 if name == order[0] else _standard_error(behind, test.condition),
-                "conditions_better": float((_sums(behind, test.condition) > 0).mean()),
+                "standard_error": _standard_error(behind, test.condition),
+                "conditions_better": float(np.heaviside(_sums(behind, test.condition), 0).mean()),
                 "error": _error(fit, test, how) if test.values == "counts" else np.nan,
                 "coverage": float(((check >= 0.05) & (check <= 0.95)).mean()),
                 "parameters": sum(p.numel() for module in (fit.model, fit.guide) for p in module.parameters()),
@@ -71,6 +74,13 @@ def compare(
             }
         )
     return pd.DataFrame(rows, index=pd.Index(order, name="fit"))
+
+
+def _density(fit: "Fit", test: "Screen", particles: int, how: dict[str, Any]) -> Float[np.ndarray, " cell"]:
+    """Return the log density of each cell, per count; NaN where the structure has no likelihood."""
+    if fit.settings["objective"] == "kds":
+        return np.full(test.n_cells, np.nan)
+    return log_density(fit, test, particles, **how).values / test.n_genes
 
 
 def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
@@ -90,6 +100,12 @@ def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
                 f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {min(seen)!r}: give cells that no "
                 "fit has seen, as split.hold_out_cells or split.hold_out_time makes them."
             )
+    if without := [name for name, fit in fits.items() if fit.settings["objective"] == "kds"]:
+        warnings.warn(
+            f"{', '.join(map(repr, without))} has no likelihood, being fitted by objective='kds': log_density, difference, standard_error "
+            "and conditions_better do not apply to it and are NaN.",
+            stacklevel=3,
+        )
 
 
 def _sums(values: Float[np.ndarray, " cell"], condition: np.ndarray) -> Float[np.ndarray, " condition"]:
