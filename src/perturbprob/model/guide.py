@@ -308,12 +308,14 @@ def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " 
 
 
 def _middle(site: dict) -> Tensor:
-    """Return the median of a site's prior, or a draw where it has none."""
+    """Return the median of a site's prior, the mean of a share, or a draw where it has none."""
     law = site["fn"]
     if isinstance(law, FromRest):
         return torch.zeros_like(site["value"])
     while isinstance(law, torch.distributions.Independent):
         law = law.base_dist
+    if isinstance(law, torch.distributions.Beta):
+        return law.mean.detach()
     if isinstance(law, torch.distributions.TransformedDistribution):
         value = law.base_dist.mean
         for transform in law.transforms:

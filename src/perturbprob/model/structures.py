@@ -24,6 +24,7 @@ def node(
     n_hidden: int = 128,
     field: nn.Module | None = None,
     solver: str = "rk4",
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
@@ -54,6 +55,7 @@ def node(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=field,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -67,6 +69,7 @@ def vae(
     measurement: str | None = None,
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """A variational autoencoder in the same frame: a function L(z, p, m, t) in place of waiting (eqs 26-28, D.1).
@@ -97,6 +100,7 @@ def vae(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=custom,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -111,6 +115,7 @@ def neural_sde(
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
     field: nn.Module | None = None,
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """A neural SDE for systems that differentiate: the push and decay of `node`, and noise on the way (C.1; `NeuralSDE`).
@@ -145,6 +150,7 @@ def neural_sde(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=field,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -158,6 +164,7 @@ def causal_context(
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
     solver: str = "rk4",
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """A sparse signed network over genes with a posterior, each perturbation on its own gene, media and time around it (Figure 8).
@@ -193,5 +200,6 @@ def causal_context(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=None,
+        penetrance=penetrance,
         seed=seed,
     )
