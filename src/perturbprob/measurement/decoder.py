@@ -5,6 +5,30 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+
+TAIL = 4.0
+"""Degrees of freedom of the law of how far genes vary: of a few that vary far more than others hardly anything is taken away."""
+
+
+def normal_points(n_latent: int, n: int = 64) -> Float[Tensor, "point latent"]:
+    """Return the points of Normal(0, I), the same each time, that tell how much a network moves its genes."""
+    uniform = SobolEngine(n_latent, scramble=True, seed=0).draw(n).clamp(1e-6, 1 - 1e-6)
+    return torch.special.ndtri(uniform)
+
+
+def log_prior(network: nn.Module, z: Float[Tensor, "point latent"]) -> Float[Tensor, ""]:
+    """Return the log density of how far a network's log rates vary over states z, without its constant.
+
+    The standard deviation √V_g of each gene is half-t with ν = 4 around the scale of all, s² = mean V,
+
+        log p = −(ν + 1) / 2 Σ_g log(1 + V_g / (ν s²)).
+
+    It is little, and says something only where the counts do not: of genes with hardly a count, which would else fit the noise of theirs.
+    """
+    variance = network(z).var(0, correction=0)
+    share = variance / (TAIL * variance.detach().mean().clamp(min=1e-12))
+    return -(TAIL + 1) / 2 * torch.log1p(share).sum()
 
 
 @final

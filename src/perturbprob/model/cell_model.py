@@ -17,7 +17,7 @@ from perturbprob.experiment.vocabulary import Segment, Vocabulary
 from perturbprob.measurement.assays import AssayHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead
-from perturbprob.measurement.decoder import Decoder, Identity, LogRate
+from perturbprob.measurement.decoder import Decoder, Identity, LogRate, log_prior, normal_points
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
@@ -81,6 +81,7 @@ class CellModel(PyroModule):
         for bound in self.assumptions:
             if reason := bound.assumption.refuses(transition):
                 raise ValueError(f"{type(bound.assumption).__name__} {reason}")
+        self.register_buffer("points", normal_points(n_latent), persistent=False)
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
         self.register_buffer("start", start)
@@ -105,6 +106,9 @@ class CellModel(PyroModule):
         sites = self.globals()
         for bound in self.assumptions:
             pyro.factor(bound.name, bound.term(self, sites))  # above the plate: once per screen, not once per cell
+        for name, part in {"decoder": self.decoder, **self.assays}.items():
+            if isinstance(part, Decoder | AssayHead):
+                pyro.factor(f"{name}_spread", log_prior(part.network, self.points))
         with pyro.plate("cell", cells.total, subsample=cells.index):
             if self.penetrance is not None and cells.hits is not None:  # a row for each way that an edited cell may have gone
                 pyro.sample("hit", self.penetrance.law(sites, cells.hits), obs=cells.hits.hit)
