@@ -192,7 +192,7 @@ def _penetrance(screen: Screen, kind: bool | str) -> dict[str, int] | None:
     """Return the number of the perturbation behind each sgRNA, none where π is asked for by gene; None where no cell escapes."""
     if kind is False:
         return None
-    if kind not in (True, "sgrna"):
+    if kind is not True and kind != "sgrna":
         raise ValueError(f"penetrance= is True, for a probability of each perturbation, 'sgrna', of each sgRNA, or False; got {kind!r}.")
     if screen.values == "continuous":
         raise ValueError("penetrance is about single cells that escape, and a row of continuous values is a mean of cells: leave it out.")
