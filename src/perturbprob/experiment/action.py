@@ -210,9 +210,14 @@ class Protocol:
         """Return the protocol with the media called ``name`` written as the baseline media."""
         return type(self)(Media() if isinstance(a, Media) and a.name == name else a for a in self.written)
 
+    def without(self, perturbations: Iterable[Action]) -> Self:
+        """Return the protocol of a cell that some of its perturbations left as it was."""
+        left = set(perturbations)
+        return type(self)(a for a in self.actions if a not in left)
+
     def unperturbed(self) -> Self:
         """Return the protocol of a control cell beside this one: the same media and waits, no perturbation."""
-        return type(self)(a for a in self.actions if not isinstance(a, Perturbation))
+        return self.without(self.perturbations)
 
     def segments(self) -> tuple[tuple[tuple[Action, ...], float], ...]:
         """Cut the protocol behind each wait: what is done at one instant, and how long the wait behind it is."""

@@ -1,5 +1,7 @@
 """What would these cells have shown under another protocol (eq 6): abduction, action, prediction."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,7 @@ from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.caveats import say_apart
 from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
+from perturbprob.inference.escape import gone
 from perturbprob.inference.predict import known_protocol
 from perturbprob.model.cells import Cells, CellTable
 
@@ -72,7 +75,7 @@ def counterfactual(
         raise ValueError(f"{type(fit.model.transition).__name__} cannot run backward, so eq 6 has no inverse here. Use route='encoder'.")
     new = known_protocol(fit, protocol)
     own, other = CellTable(fit.model, cells), CellTable(fit.model, cells, [new] * len(cells.conditions))
-    running = _running(fit, own, other, route, n_draws, minibatch, seed, "counterfactual" if progress else None)
+    running = _running(fit, own, lambda index, _: other.cells(index), other.sites, route, n_draws, minibatch, seed, progress=progress)
     if route == "inverse":
         running.check(condition_bound)
     return running.dataset(cells, level, {"protocol": str(new), "route": route, "level": level, "n_draws": n_draws, "units": _units(fit)})
@@ -115,7 +118,12 @@ def translate(
     say_apart(fit, done, [batch_to] * len(done))
     own = CellTable(fit.model, cells, batch=None if batch_from is None else names.batch_code(batch_from))
     other = CellTable(fit.model, cells, done, batch=code)
-    running = _running(fit, own, other, "encoder", n_draws, 512, seed, "translate" if progress else None)
+
+    def there(index: Tensor, here: Cells) -> Cells:
+        """The cells in the other batch; under their own protocol, what they escaped they escape there too."""
+        return other.cells(index) if protocol is not None else replace(here, batch=torch.full_like(here.batch, code))
+
+    running = _running(fit, own, there, other.sites, "encoder", n_draws, 512, seed, progress=progress)
     attrs = {"batch_to": batch_to, "protocol": "own" if protocol is None else str(done[0]), "level": level, "n_draws": n_draws}
     return running.dataset(cells, level, attrs | {"units": _units(fit)})
 
@@ -126,16 +134,27 @@ def _units(fit: "Fit") -> str:
 
 
 def _running(
-    fit: "Fit", own: CellTable, other: CellTable, route: str, n_draws: int, minibatch: int, seed: int, progress: str | None
+    fit: "Fit",
+    own: CellTable,
+    there: Callable[[Tensor, Cells], Cells],
+    completed: Callable[[Sites], Sites],
+    route: str,
+    n_draws: int,
+    minibatch: int,
+    seed: int,
+    *,
+    progress: bool,
 ) -> "_Running":
-    """Carry every cell from what it is to what it might be, draw by draw."""
+    """Carry every cell from what it is to what it might be, ``there``, draw by draw; ``completed`` adds the effects that happen there."""
     cells = own.screen
     running = _Running(cells.n_cells, cells.n_genes, cells.n_cells if route == "inverse" else 0)
-    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress=progress)):
+    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="cells" if progress else None)):
         with seeded(seed, k, 5):
-            pair = own.sites(draw), other.sites(draw)
-            parts = zip(own.minibatches(minibatch), other.minibatches(minibatch), strict=True)
-            running.add([_answer(fit, *pair, here, there, route) for here, there in parts])
+            pair, parts = (own.sites(draw), completed(draw)), []
+            for index in torch.arange(cells.n_cells).split(minibatch):
+                here = gone(fit, own, pair[0], index)
+                parts.append(_answer(fit, *pair, here, there(index, here), route))
+            running.add(parts)
     return running
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perturbprob.inference.draws import Sites, bar, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.model.cells import Cells, CellTable
+from perturbprob.model.penetrance import fold
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -26,7 +27,10 @@ CHUNK = 2_000_000
 def importance(
     model: "CellModel", guide: "Guide", sites: Sites, cells: Cells, particles: int, *, seed: tuple[int, ...] = (0,)
 ) -> Float[Tensor, " cell"]:
-    """Return log p(x | globals) of each cell, by importance sampling of z₀ from the encoder: log mean_k p(x | z_k) p(z_k) / q(z_k | x)."""
+    """Return log p(x | globals) of each cell, by importance sampling of z₀ from the encoder: log mean_k p(x | z_k) p(z_k) / q(z_k | x).
+
+    Of unfolded cells it is log p(x, h | globals) of each row.
+    """
     encoder, rest = guide.rest(cells), model.at_rest(len(cells))
     step = max(1, CHUNK // max(1, cells.counts.numel()))
     parts = []
@@ -36,7 +40,10 @@ def importance(
             seen = model.seen(sites, model.moved(sites, z, cells.protocol), cells)
             log_prob = sum(law.log_prob(counts).sum(-1) for _, law, counts in seen)
             parts.append(log_prob + rest.log_prob(z) - encoder.log_prob(z))
-    return torch.logsumexp(torch.cat(parts), 0) - math.log(particles)
+    density = torch.logsumexp(torch.cat(parts), 0) - math.log(particles)
+    if model.penetrance is None or cells.hits is None:
+        return density
+    return density + model.penetrance.law(sites, cells.hits).log_prob(cells.hits.hit)
 
 
 @torch.no_grad()
@@ -67,9 +74,12 @@ def log_density(
             draws.append(table.sites(draw))
     values = []
     steps = -(-screen.n_cells // minibatch)
-    for number, cells in enumerate(bar(table.minibatches(minibatch), "log density", "minibatch", progress=progress, total=steps)):
+    for number, cells in enumerate(
+        bar(table.minibatches(minibatch, unfolded=True), "log density", "minibatch", progress=progress, total=steps)
+    ):
         each = [importance(fit.model, fit.guide, sites, cells, particles, seed=(seed, k, 4 + number)) for k, sites in enumerate(draws)]
-        values.append(torch.logsumexp(torch.stack(each), 0) - math.log(n_draws))
+        density = torch.stack(each) if cells.hits is None else fold(torch.stack(each), cells.hits.of)
+        values.append(torch.logsumexp(density, 0) - math.log(n_draws))
     return xr.DataArray(
         torch.cat(values).cpu().numpy().astype(np.float64), dims="cell", coords={"cell": list(screen.cells)}, name="log_density"
     )

@@ -22,7 +22,7 @@ from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.at_rest import AtRestLoss
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.draws import bar, check_seed
-from perturbprob.inference.objective import PathLoss, chosen_objective
+from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
@@ -221,11 +221,11 @@ class _Training:
             return PathLoss(self.model, self.guide, self.settings["distance"])
         if self.settings["objective"] == "kds":
             return AtRestLoss(self.model, self.guide, self.table, self.training)
-        return Trace_ELBO()(self.model, self.guide)
+        return Trace_ELBO()(self.model, self.guide) if self.model.penetrance is None else EscapeLoss(self.model, self.guide)
 
     def run(self, progress: bool) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
-        self.elbo(self.table.cells(self.training[:2], len(self.training)))
+        self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
         optimiser = torch.optim.Adam(self.elbo.parameters(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
         epochs = bar(range(self.settings["epochs"]), "fit", "epoch", progress=progress)
@@ -246,7 +246,7 @@ class _Training:
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
         self.guide.hold_dispersion(held=self._warmth() < 1)
         for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
-            cells = self.table.cells(index, len(self.training), self._warmth())
+            cells = self.table.unfolded(index, len(self.training), self._warmth())
             loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
             optimiser.zero_grad()
             loss.backward()
@@ -281,6 +281,9 @@ class _Training:
                 return float(self.elbo.between_cells(self.table.cells(self.held, len(self.held))))
             total = 0.0
             for index in self.held.split(self.settings["minibatch"]):
+                if isinstance(self.elbo, EscapeLoss):
+                    total -= float(self.elbo.between_cells(self.table.unfolded(index, len(index))))
+                    continue
                 guide = pyro.poutine.trace(self.guide).get_trace(cells := self.table.cells(index, len(index)))
                 model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
                 cell = ("z", "counts", *(f"{name}_counts" for name in self.model.assays))
@@ -294,6 +297,7 @@ class _Training:
         """Say at which step, site, batch, cells and genes the loss is not finite."""
         if self.settings["objective"] == "kds":
             return f"The loss is not finite at step {self.step}. The last good parameters are kept in error.fit. Lower learning_rate."
+        index = index if cells.hits is None else index[cells.hits.of.cpu()]
         encodes = self.settings["objective"] == "elbo"
         guide = pyro.poutine.trace(self.guide).get_trace(cells) if encodes else pyro.poutine.trace(self.guide.globals).get_trace()
         model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)

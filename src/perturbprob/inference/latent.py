@@ -1,6 +1,7 @@
 """The latent state of cells, beside the user's own annotations."""
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 
 from perturbprob.experiment.screen import Screen, ScreenWarning
 from perturbprob.inference.caveats import AliasedWarning
-from perturbprob.inference.draws import GIVEN_CELLS, centre, require_likelihood, warn_if_large
+from perturbprob.inference.draws import GIVEN_CELLS, Sites, centre, require_likelihood, seeded, warn_if_large
+from perturbprob.inference.escape import gone
 from perturbprob.inference.expectation import interpolated_log1p
-from perturbprob.model.cells import CellTable
+from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def latent(fit: "Fit", screen: "Screen", *, minibatch: int = 1024) -> dict[str, np.ndarray]:
-    """Return each cell's posterior mean of the rest state z₀ and the state z that it leads to, each (cell, latent)."""
+    """Return each cell's posterior mean of the rest state z₀ and the state z that it leads to, each (cell, latent).
+
+    Of a cell that may have escaped, those of the more probable case.
+    """
     require_likelihood(fit, GIVEN_CELLS)
     table = CellTable(fit.model, screen)
     sites = table.sites(centre(fit.model, fit.guide))
     rest, state = [], []
-    for cells in table.minibatches(minibatch):
+    for cells in _gone(fit, table, sites, minibatch):
         rest.append(fit.model.resting(fit.guide.rest(cells).mean).cpu().numpy())
         state.append(fit.model.moved(sites, fit.guide.rest(cells).mean, cells.protocol).z.cpu().numpy())
     return {"rest": np.concatenate(rest), "state": np.concatenate(state)}
@@ -39,15 +44,21 @@ def corrected(fit: "Fit", screen: Screen, *, minibatch: int = 1024) -> np.ndarra
     is 1 for every cell. Of continuous values, the expected values themselves.
     """
     warn_if_large(screen.n_cells * screen.n_genes, "corrected expectations", "Ask for fewer cells or genes.")
-    own, other = CellTable(fit.model, screen), CellTable(fit.model, screen, batch=-1)
-    sites, found = other.sites(centre(fit.model, fit.guide)), []
-    for seen, cells in zip(own.minibatches(minibatch), other.minibatches(minibatch), strict=True):
-        state = fit.model.moved(sites, fit.guide.rest(seen).mean, cells.protocol)
+    table = CellTable(fit.model, screen)
+    sites, found = table.sites(centre(fit.model, fit.guide)), []
+    for cells in _gone(fit, table, sites, minibatch):
+        state = fit.model.moved(sites, fit.guide.rest(cells).mean, cells.protocol)
         location = fit.model.log_shares(sites, state, cells.rows)
         if fit.model.start is None:
             location = interpolated_log1p(fit.model.law(sites, location + fit.model.log_depth))
         found.append(location.cpu().numpy())
     return np.concatenate(found)
+
+
+def _gone(fit: "Fit", table: CellTable, sites: Sites, minibatch: int) -> Iterator[Cells]:
+    """Iterate over all cells in their order, each by the way that it has most probably gone."""
+    with seeded(0):
+        yield from (gone(fit, table, sites, index, sure=True) for index in torch.arange(table.screen.n_cells).split(minibatch))
 
 
 def to_anndata(fit: "Fit", adata: "AnnData", *, corrected: bool = False) -> "AnnData":

@@ -53,6 +53,9 @@ DIMS: dict[str, tuple[str, ...]] = {
     "condition_memory": (),
     "condition_effect": ("node", "gene"),
     "noise": ("gene",),
+    "penetrance": ("perturbation",),
+    "penetrance_concentration": (),
+    "sgrna_penetrance": ("sgrna",),
     "steady_state_excess": ("steady_state",),
 }
 """The dimensions of every global site of a `CellModel`; its name is also its name in ArviZ."""
@@ -152,6 +155,7 @@ def coordinates(model: "CellModel") -> dict[str, Any]:
         "interference": [p.gene for p in names.perturbations if p.symbol == "↓"],
         "activation": [p.gene for p in names.perturbations if p.symbol == "↑"],
         "perturbation": genes if len(set(genes)) == len(genes) else list(map(repr, names.perturbations)),
+        "sgrna": list(model.sgrnas),
         "media": list(names.media),
         "batch_covariate": list(batches) if isinstance(batches := model.recipe.get("arguments", {}).get("batch_effect"), dict) else [],
         "latent": np.arange(model.n_latent),

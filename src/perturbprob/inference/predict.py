@@ -1,7 +1,9 @@
 """What a fit expects of a protocol, seen or unseen: means with intervals."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_aliased, say_apart, say_far, say_untested
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
 from perturbprob.inference.expectation import Expectation
+from perturbprob.model.penetrance import ways
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -31,6 +34,7 @@ def predict(
     batch: str | Sequence[str] | None = None,
     interval: str = "mean",
     n_cells: int | None = None,
+    edited: bool | None = None,
     level: float = 0.9,
     seed: int = 0,
     progress: bool = True,
@@ -47,6 +51,8 @@ def predict(
     - ``batch``: a name (or one per condition); "average" over the fitted batches; "new", a batch never seen; None, η = 0. Where
       batches coincide with times or media, η may hold what they share, and None says so.
     - ``interval``: "mean", of the population mean; "observed", of the mean over a sample of ``n_cells`` cells.
+    - ``edited``, of a fit with ``penetrance``: True, of cells that were hit by all that was done to them; False, of those that escaped it
+      all; None, of both as they are mixed in the population.
 
     A fit by ``objective="paths"`` or "kds" has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit
     has never seen is refused. A time it has not seen is predicted with wider intervals; of `stationary` any time is the law at rest.
@@ -71,6 +77,10 @@ def predict(
         raise ValueError("The fit has one batch, so how far another would be off was never seen: batch='new' cannot be answered.")
     if not (None in batches and say_aliased(fit)):
         say_apart(fit, protocols, batches)
+    if edited is not None and fit.model.penetrance is None:
+        raise ValueError(
+            "edited= tells hit cells from escaped ones, and this fit takes all to be hit: make its model with penetrance=True."
+        )
     say_untested(fit)
     say_far(fit, protocols)
     n_values = 3 * n_draws * len(protocols) * len(fit.model.vocabulary.genes)
@@ -79,7 +89,8 @@ def predict(
     def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
         return expectation.means(sites, part, scale, None if n_cells is None else n_cells * share)
 
-    values = torch.stack(list(_draws(fit, protocols, batches, mean, n_draws=n_draws, seed=seed, progress=progress)))
+    draws = _draws(fit, protocols, batches, mean, edited=edited, n_draws=n_draws, seed=seed, progress=progress)
+    values = torch.stack(list(draws))
     data = _interval(values, level)
     if fit.settings["objective"] != "elbo" and interval == "mean":  # a deterministic fit does not know how sure it is
         data |= {end: torch.full_like(data[end], torch.nan) for end in ("lower", "upper")}
@@ -199,21 +210,40 @@ def _draws(
     batches: list[str | None],
     mean: Callable[["Expectation", Sites, Tensor, Tensor], Tensor],
     *,
+    edited: bool | None = None,
     n_draws: int,
     seed: int,
     progress: bool,
 ) -> Iterator[Float[Tensor, "condition gene"]]:
-    """Yield each posterior draw's ``mean`` of every condition, from its rows, over the batches of which each is a share."""
+    """Yield each posterior draw's ``mean`` of every condition, from its rows, over the batches and hits of which each is a share."""
     fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
     named = [fitted if b == "average" else [b] for b in batches]
-    of = torch.tensor([c for c, names in enumerate(named) for _ in names])
-    expectation = Expectation(fit, [protocols[c] for c in of], [b for names in named for b in names], seed=seed)
-    share = (1.0 / torch.bincount(of))[of, None]
+    gone = [_ways(fit, p, edited) for p in protocols]
+    rows = [(c, way, b) for c, names in enumerate(named) for way in range(len(gone[c])) for b in names]
+    of = torch.tensor([c for c, _, _ in rows])
+    expectation = Expectation(fit, [gone[c][way][0] for c, way, _ in rows], [b for _, _, b in rows], seed=seed)
+    even = torch.tensor([1.0 / len(named[c]) for c, _, _ in rows])[:, None]
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="predict" if progress else None)):
+        share = even * torch.tensor([gone[c][way][1](sites) for c, way, _ in rows])[:, None]
         with seeded(seed, k, 2):
             sites = expectation.complete(sites)
             means = torch.cat([mean(expectation, sites, part, share[part]) for part in expectation.parts]).cpu()
         yield means.new_zeros(len(protocols), means.shape[1]).index_add_(0, of, share * means)
+
+
+def _ways(fit: "Fit", protocol: Protocol, edited: bool | None) -> list[tuple[Protocol, Callable[[Sites], float]]]:
+    """Return what cells of a protocol may have gone through, and the share of cells in each given one draw of the globals."""
+    if fit.model.penetrance is None:
+        return [(protocol, lambda _: 1.0)]
+    several = ways(protocol)
+    if edited is not None:
+        return [(several[0 if edited else -1][0], lambda _: 1.0)]
+    place = [fit.model.vocabulary.perturbations.index(p) for p in protocol.perturbations]
+
+    def share(sites: Sites, hit: tuple[bool, ...]) -> float:
+        return math.prod(float(pi if there else 1 - pi) for pi, there in zip(sites["penetrance"][place], hit, strict=True))
+
+    return [(way, partial(share, hit=hit)) for way, hit in several]
 
 
 def labelled(

@@ -116,6 +116,7 @@ def _rebuild(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]], field
         "log_depth": float(state["log_depth"]),
         "start": state.get("start"),
         "groups": facts["recipe"].get("groups"),
+        "penetrance": facts["recipe"].get("penetrance"),
         "adapted": facts["recipe"].get("adapted", 0),
         "assays": facts["recipe"].get("assays", {}),
         "levels": {name: state[f"assays.{name}.level"] for name in facts["recipe"].get("assays", {})},

@@ -23,6 +23,7 @@ from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
 from perturbprob.model.mark_effect import MarkEffect
+from perturbprob.model.penetrance import Penetrance
 
 if TYPE_CHECKING:
     from perturbprob.model.assumptions import Bound
@@ -37,7 +38,8 @@ class CellModel(PyroModule):
     what perturbations and media add to the push.
     ``programmes`` are the few directions in which cells at rest differ, where the state has an axis for each gene; without them every
     axis of the state differs on its own.
-    ``assays`` see the same state beside RNA, by name, any subset in each cell.
+    ``assays`` see the same state beside RNA, by name, any subset in each cell. ``penetrance``, where there is one, is how probably an
+    edited cell is hit, ``sgrnas`` the names of its sgRNAs.
     ``vocabulary`` holds the names, ``log_share`` the log share of each gene in all counts, around which its bias is centred,
     ``log_depth`` the log of the depth at size factor 1, ``n_hidden`` the width of the guide's encoder. ``start`` is the
     rest state where it is known, as in gene space, instead of z₀ ~ Normal(0, I). ``assumptions`` are those
@@ -63,6 +65,8 @@ class CellModel(PyroModule):
         assumptions: Sequence["Bound"] = (),
         recipe: dict[str, Any] | None = None,
         assays: Mapping[str, AssayHead] | None = None,
+        penetrance: Penetrance | None = None,
+        sgrnas: Sequence[str] = (),
     ) -> None:
         """Fill the slots."""
         super().__init__()
@@ -73,6 +77,7 @@ class CellModel(PyroModule):
         own = {name: ConditionEffect(condition_effect.nodes, len(head.features), name) for name, head in self.assays.items()}
         self.assay_effects = cast("dict[str, ConditionEffect]", nn.ModuleDict(own))
         self.n_latent, self.n_hidden, self.programmes = n_latent, n_hidden, programmes
+        self.penetrance, self.sgrnas = penetrance, tuple(sgrnas)
         self.assumptions = tuple(assumptions)
         for bound in self.assumptions:
             if reason := bound.assumption.refuses(transition):
@@ -106,6 +111,8 @@ class CellModel(PyroModule):
             if isinstance(part, Decoder | AssayHead):
                 pyro.factor(f"{name}_spread", log_prior(part.network, self.points))
         with pyro.plate("cell", cells.total, subsample=cells.index):
+            if self.penetrance is not None and cells.hits is not None:  # a row for each way that an edited cell may have gone
+                pyro.sample("hit", self.penetrance.law(sites, cells.hits), obs=cells.hits.hit)
             with pyro.poutine.scale(scale=cells.warmth):
                 z = pyro.sample("z", self.at_rest(len(cells)))  # X, a cell at rest
             state = self.moved(sites, z, cells.protocol)  # W(M(P(X))), eq 4
@@ -122,7 +129,8 @@ class CellModel(PyroModule):
         own = {name: value for part in (*self.assays.values(), *self.assumptions) for name, value in part.globals().items()}
         for effect in (self.condition_effect, *self.assay_effects.values()):
             own |= effect()
-        return {**eta, "gene_bias": bias, **self.mark_effect(), **measurement, **own}
+        escape = {} if self.penetrance is None else self.penetrance()
+        return {**eta, "gene_bias": bias, **self.mark_effect(), **measurement, **own, **escape}
 
     def at_rest(self, n_cells: int) -> dist.Distribution:
         """Return the law of z₀ for each cell, and of the noise of its way behind it: Normal(0, I), or the known start."""

@@ -1,8 +1,8 @@
 """Cells as a model sees them: a screen in the words of a vocabulary, minibatch by minibatch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.measurement.assays import Seen
 from perturbprob.measurement.normal import Normal
+from perturbprob.model.penetrance import Hits, padded, ways
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
@@ -28,6 +29,8 @@ class Cells:
     each cell's place in the screen's conditions. ``standard_error`` is that of each value where values are continuous and it is
     known. ``warmth`` is the weight of the cells' own KL term while a training warms up. ``present`` says which cells have counts of RNA
     (None: all), ``assays`` what the model's other assays saw.
+
+    Where edited cells may have escaped, `CellTable.unfolded` gives a row for each way that a cell may have gone, which ``hits`` tells.
     """
 
     total: int
@@ -42,10 +45,26 @@ class Cells:
     standard_error: Float[Tensor, "cell gene"] | None = None
     present: Bool[Tensor, " cell"] | None = None
     assays: dict[str, Seen] = field(default_factory=dict)
+    hits: Hits | None = None
 
     def __len__(self) -> int:
         """Return the number of cells."""
         return len(self.index)
+
+    def __getitem__(self, row: Int[Tensor, " row"]) -> "Cells":
+        """Return some of the cells, one as often as it is named; the plate stands for as many more or fewer."""
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, Tensor | Hits):
+                return value[row]
+            if isinstance(value, Seen):
+                return Seen(value.counts[row], value.log_size_factor[row], value.present[row])
+            if isinstance(value, dict):
+                return {name: taken(part) for name, part in value.items()}
+            return [part[row] for part in value] if isinstance(value, list) else value
+
+        changed = {part.name: taken(getattr(self, part.name)) for part in fields(self)}
+        return Cells(**changed | {"total": self.total * len(row) // max(1, len(self))})
 
 
 def _known(screen: Screen) -> bool:
@@ -100,6 +119,7 @@ class CellTable:
             )
         self.model, self.screen, self.assays = model, screen, _assays(model, screen)
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
+        self.first, self.hit, self.edits, protocols = _ways(model, screen, protocols)
         parts = [model.condition_effect.parts(p, names.time_scale) for p in protocols]
         self.extra = model.condition_effect.unknown(parts)
         self.rows = model.condition_effect.rows(parts, self.extra)
@@ -124,8 +144,8 @@ class CellTable:
         return Cells(
             total=self.screen.n_cells if total is None else total,
             index=torch.arange(len(index), device=device),
-            protocol=[s[condition.to(device)] for s in self.segments],
-            rows=self.rows[condition].to(device),
+            protocol=[s[self.first[condition].to(device)] for s in self.segments],
+            rows=self.rows[self.first[condition]].to(device),
             batch=self.batch[index].to(device),
             log_size_factor=self.log_size_factor[index].to(device),
             counts=counts.to(device=device, dtype=torch.float32),
@@ -134,6 +154,23 @@ class CellTable:
             standard_error=None if self.standard_error is None else self.standard_error[index].to(device),
             present=None if self.screen.present is None else torch.from_numpy(self.screen.present[index.numpy()]).to(device),
             assays={name: self._seen(name, index) for name in self.assays},
+        )
+
+    def unfolded(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
+        """Return a row for each way that each of these cells may have gone; the cells themselves, where none escapes."""
+        cells = self.cells(index, total, warmth)
+        if self.edits is None:
+            return cells
+        device, condition = cells.rows.device, self.condition[index]
+        count = self.first.diff(append=torch.tensor([len(self.hit)]))[condition]
+        of = torch.repeat_interleave(torch.arange(len(index)), count)
+        way = self.first[condition][of] + torch.arange(len(of)) - (count.cumsum(0) - count)[of]
+        return replace(
+            cells[of.to(device)],
+            index=torch.arange(len(of), device=device),
+            protocol=[s[way.to(device)] for s in self.segments],
+            rows=self.rows[way].to(device),
+            hits=Hits(of.to(device), self.edits[index[of]].to(device), self.hit[way].to(device)),
         )
 
     def _seen(self, name: str, index: Int[Tensor, " cell"]) -> Seen:
@@ -150,10 +187,34 @@ class CellTable:
             torch.from_numpy(part.present).to(device),
         )
 
-    def minibatches(self, minibatch: int) -> Iterator[Cells]:
-        """Iterate over all cells in their order."""
+    def minibatches(self, minibatch: int, *, unfolded: bool = False) -> Iterator[Cells]:
+        """Iterate over all cells in their order, or over the ways that they may have gone."""
         for index in torch.arange(self.screen.n_cells).split(minibatch):
-            yield self.cells(index)
+            yield self.unfolded(index) if unfolded else self.cells(index)
+
+
+def _ways(
+    model: "CellModel", screen: Screen, protocols: list[Protocol]
+) -> tuple[Int[Tensor, " condition"], Float[Tensor, "way edit"], Int[Tensor, "cell edit"] | None, list[Protocol]]:
+    """Return the first way of each condition, the hits of each way, the edits of each cell by the number of their π, and all ways.
+
+    Without penetrance there is one way, the protocol itself. An sgRNA that the model has not seen has the π of its perturbation.
+    """
+    if model.penetrance is None:
+        return torch.arange(len(protocols)), torch.zeros(len(protocols), 0), None, protocols
+    names, several = model.vocabulary, [ways(p) for p in protocols]
+    first = torch.tensor([0, *map(len, several)]).cumsum(0)[:-1]
+    hit = padded([list(map(int, hits)) for ways_ in several for _, hits in ways_], 0).float()
+    n_sgrnas = len(model.sgrnas)
+    number = {p: n_sgrnas + k for k, p in enumerate(names.perturbations)}
+    edits = padded([[number[p] for p in protocol.perturbations] for protocol in protocols], model.penetrance.n)[
+        torch.as_tensor(screen.condition)
+    ]
+    if n_sgrnas and screen.sgrna is not None:
+        known = {name: k for k, name in enumerate(model.sgrnas)}
+        own = torch.tensor([known.get(str(name), -1) for name in screen.sgrna])[:, None]
+        edits = torch.where((own >= 0) & (edits < model.penetrance.n), own, edits)
+    return first, hit, edits, [p for ways_ in several for p, _ in ways_]
 
 
 def _assays(model: "CellModel", screen: Screen) -> dict[str, Assay | None]:

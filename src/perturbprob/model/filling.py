@@ -34,6 +34,7 @@ from perturbprob.model.cell_model import CellModel
 from perturbprob.model.condition_effect import ConditionEffect, nodes
 from perturbprob.model.mark_effect import MarkEffect, ShrunkEffect, SparseEffect
 from perturbprob.model.network_effect import LaplaceNetwork, NetworkEffect
+from perturbprob.model.penetrance import Penetrance, ways
 
 HEADS: dict[str, Callable[[int], CountHead | Normal]] = {
     "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
@@ -137,6 +138,7 @@ def make(
     batch_effect: str | pd.DataFrame,
     n_hidden: int,
     field: nn.Module | None,
+    penetrance: bool | str,
     seed: int,
 ) -> CellModel:
     """Return the model of a structure, ``own`` being its own arguments; refuse what does not fit the screen."""
@@ -148,7 +150,7 @@ def make(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
     arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
-    facts = _facts(screen) | {"assumptions": bind(assumptions, screen.with_rna)}
+    facts = _facts(screen, _penetrance(screen, penetrance)) | {"assumptions": bind(assumptions, screen.with_rna)}
     check_connected(screen, assumptions)
     arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden} | own
     with torch.random.fork_rng():
@@ -200,16 +202,55 @@ def _measurement(screen: Screen, name: str | None) -> str:
     return name
 
 
-def _facts(screen: Screen) -> dict[str, Any]:
-    """Return what a structure needs to know of a screen."""
+def _penetrance(screen: Screen, kind: bool | str) -> dict[str, int] | None:
+    """Return the number of the perturbation behind each sgRNA, none where π is asked for by gene; None where no cell escapes."""
+    if kind is False:
+        return None
+    if kind is not True and kind != "sgrna":
+        raise ValueError(f"penetrance= is True, for a probability of each perturbation, 'sgrna', of each sgRNA, or False; got {kind!r}.")
+    if screen.values == "continuous":
+        raise ValueError("penetrance is about single cells that escape, and a row of continuous values is a mean of cells: leave it out.")
+    vocabulary = Vocabulary.of(screen)
+    if not vocabulary.perturbations:
+        raise ValueError("No cell of this screen is perturbed, so none can escape: leave penetrance out.")
+    for protocol in screen.conditions:
+        ways(protocol)
+    return _sgrnas(screen, vocabulary) if kind == "sgrna" else {}
+
+
+def _sgrnas(screen: Screen, vocabulary: Vocabulary) -> dict[str, int]:
+    """Return the number of the perturbation behind each sgRNA of edited cells."""
+    if screen.sgrna is None:
+        raise ValueError("penetrance='sgrna' needs to know the sgRNA of each cell: read the screen with sgrna=, the column that names it.")
+    behind: dict[str, int] = {}
+    for condition, protocol in enumerate(screen.conditions):
+        done = vocabulary.protocol(protocol).perturbations
+        if len(done) > 1:
+            raise ValueError(f"penetrance='sgrna' wants one edited gene in each cell; {protocol} has {len(done)}. Use penetrance=True.")
+        for name in map(str, np.unique(screen.sgrna[screen.condition == condition])) if done else ():
+            number = vocabulary.perturbations.index(done[0])
+            if behind.setdefault(name, number) != number:
+                both = " and ".join(repr(vocabulary.perturbations[k]) for k in (behind[name], number))
+                raise ValueError(f"The sgRNA {name!r} stands beside {both}; one sgRNA makes one perturbation. Check the column.")
+    return behind
+
+
+def _facts(screen: Screen, sgrnas: dict[str, int] | None) -> dict[str, Any]:
+    """Return what a structure needs to know of a screen; ``sgrnas`` is None where no edited cell escapes."""
     vocabulary = Vocabulary.of(screen)
     facts: dict[str, Any] = {"vocabulary": vocabulary, "nodes": [], "start": None, "log_depth": float(np.log(screen.depth))}
-    facts |= {"groups": screen.batch_groups.tolist(), "adapted": 0, "assays": {n: _assay(screen, a) for n, a in screen.assays.items()}}
+    facts |= {
+        "penetrance": sgrnas,
+        "groups": screen.batch_groups.tolist(),
+        "adapted": 0,
+        "assays": {n: _assay(screen, a) for n, a in screen.assays.items()},
+    }
     facts["levels"] = {name: torch.as_tensor(assay.level, dtype=torch.float32) for name, assay in screen.assays.items()}
     if screen.values == "continuous":
         return facts | {"start": _start(screen), "log_share": torch.full((screen.n_genes,), -torch.inf)}
     totals = np.asarray(screen.with_rna.counts.sum(0)).ravel() + 0.5
-    facts["nodes"] = sorted({node for p in screen.conditions for node in nodes(p, vocabulary.time_scale)})
+    gone = screen.conditions if sgrnas is None else [way for p in screen.conditions for way, _ in ways(p)]
+    facts["nodes"] = sorted({node for p in gone for node in nodes(p, vocabulary.time_scale)})
     return facts | {"log_share": torch.as_tensor(np.log(totals / totals.sum()), dtype=torch.float32)}
 
 
@@ -273,6 +314,7 @@ def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field
     vocabulary, n_latent, n_hidden = facts["vocabulary"], arguments["n_latent"], arguments["n_hidden"]
     n_genes, start = len(vocabulary.genes), facts["start"]
     bound: list[Bound] = facts["assumptions"]
+    sgrnas: dict[str, int] | None = facts["penetrance"]
     slots = STRUCTURES[structure](facts, arguments, field)
     in_genes = slots.in_genes and start is None
     n_state = n_genes if in_genes else n_latent
@@ -292,7 +334,10 @@ def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field
         start=start,
         assumptions=bound,
         assays=_heads(facts, n_state, n_hidden),
+        penetrance=None if sgrnas is None else Penetrance(len(vocabulary.perturbations), list(sgrnas.values())),
+        sgrnas=list(sgrnas or ()),
         recipe={
+            "penetrance": sgrnas,
             "structure": structure,
             "arguments": arguments,
             "assumptions": [b.to_json() for b in bound],

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pyro
@@ -44,7 +44,35 @@ class Encoder(nn.Module):
     def forward(self, log_counts: Float[Tensor, "*plate cell gene"], context: Float[Tensor, "*plate cell context"]) -> dist.Distribution:
         """Return a normal law for each cell."""
         loc, scale = self.network(torch.cat([log_counts, context], -1)).chunk(2, -1)
-        return dist.Normal(loc, softplus(scale) + 1e-3).to_event(1)
+        return dist.Normal(loc, softplus(scale) + 1e-3)
+
+
+@final
+class TiedNormal(dist.Normal):
+    """Independent normal laws whose rows of one cell are drawn with the same noise.
+
+    With noise of their own the average over the ways that a cell may have gone would be the better the more ways it averages, and say
+    that half of all cells escape where nothing can be told.
+    """
+
+    def __init__(self, law: dist.Normal, of: Int[Tensor, " row"]) -> None:
+        """Keep the cell of each row."""
+        super().__init__(law.loc, law.scale, validate_args=False)
+        self.of = of
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "TiedNormal":
+        """Return the same law over a larger shape."""
+        return TiedNormal(dist.Normal(self.loc.expand(batch_shape), self.scale.expand(batch_shape)), self.of)
+
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Float[Tensor, "*draw row latent"]:
+        """Draw all rows."""
+        noise = self.loc.new_empty(*sample_shape, int(self.of.max()) + 1, self.loc.shape[-1]).normal_()
+        return self.loc + self.scale * noise[..., self.of, :]
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Float[Tensor, "*draw row latent"]:
+        """Draw all rows, without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
 
 @final
@@ -87,7 +115,8 @@ class Guide(PyroModule):
             gate = name.endswith("gate_logit")  # somewhat closed: a gate that starts open leaves it to its slab to close the way
             start = self.transform(name).inv(_middle(sites[name])) if not gate else torch.full_like(sites[name]["value"], -1.0)
             setattr(self, f"{name}_loc", nn.Parameter(start.clone()))
-            setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, -1.0 if gate else -2.3)))
+            width = -1.0 if gate or name.endswith("penetrance") else -2.3  # nothing is known of these before cells are told apart
+            setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, width)))
         if self.blocked:
             self._start_block(model)
         shape = (len(node_design), len(names.genes))
@@ -222,7 +251,8 @@ class Guide(PyroModule):
         log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
         if cells.present is not None:
             log_counts = torch.where(cells.present[:, None], log_counts, 0.0)
-        return self.encoder(log_counts, torch.cat([self.context(cells.protocol, cells.batch), *_seen(cells)], -1))
+        law = self.encoder(log_counts, torch.cat([self.context(cells.protocol, cells.batch), *_seen(cells)], -1))
+        return (law if cells.hits is None else TiedNormal(law, cells.hits.of)).to_event(1)
 
     def context(self, protocol: Sequence[Segment], batch: Int[Tensor, " cell"]) -> Float[Tensor, "cell context"]:
         """Return what the encoder reads beside counts: the marks of the protocol, the time waited, and the batch."""
@@ -308,12 +338,14 @@ def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " 
 
 
 def _middle(site: dict) -> Tensor:
-    """Return the median of a site's prior, or a draw where it has none."""
+    """Return the median of a site's prior, the mean of a share, or a draw where it has none."""
     law = site["fn"]
     if isinstance(law, FromRest):
         return torch.zeros_like(site["value"])
     while isinstance(law, torch.distributions.Independent):
         law = law.base_dist
+    if isinstance(law, torch.distributions.Beta):
+        return law.mean.detach()
     if isinstance(law, torch.distributions.TransformedDistribution):
         value = law.base_dist.mean
         for transform in law.transforms:

@@ -26,6 +26,7 @@ def node(
     n_hidden: int = 128,
     field: nn.Module | None = None,
     solver: str = "rk4",
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
@@ -56,6 +57,7 @@ def node(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=field,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -69,6 +71,7 @@ def vae(
     measurement: str | None = None,
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """A variational autoencoder in the same frame: a function L(z, p, m, t) in place of waiting (eqs 26-28, D.1).
@@ -99,6 +102,7 @@ def vae(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=custom,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -113,6 +117,7 @@ def neural_sde(
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
     field: nn.Module | None = None,
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """A neural SDE for systems that differentiate: the push and decay of `node`, and noise on the way (C.1; `NeuralSDE`).
@@ -147,6 +152,7 @@ def neural_sde(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=field,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -160,6 +166,7 @@ def causal_context(
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
     solver: str = "rk4",
+    penetrance: bool | str = False,
     seed: int = 0,
 ) -> CellModel:
     """A sparse signed network over genes with a posterior, each perturbation on its own gene, media and time around it (Figure 8).
@@ -190,6 +197,7 @@ def causal_context(
         batch_effect=batch_effect,
         n_hidden=n_hidden,
         field=None,
+        penetrance=penetrance,
         seed=seed,
     )
 
@@ -233,6 +241,7 @@ def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> Cel
         batch_effect="constant",
         n_hidden=1,
         field=None,
+        penetrance=False,
         seed=seed,
     )
 

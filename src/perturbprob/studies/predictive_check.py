@@ -13,12 +13,13 @@ from torch import Tensor
 
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.escape import gone
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
     from perturbprob.inference.draws import Sites
-    from perturbprob.inference.fit import Fit
+from perturbprob.inference.fit import Fit
 
 ENOUGH = 20
 """Fewer replicates say nothing of the central 90 %."""
@@ -108,7 +109,8 @@ def predictive_check(
     for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="check" if progress else None)):
         with seeded(seed, k, 3):
             sites = table.sites(draw)
-            total = _sum(groups.sums(_replicate(fit, sites, cells), start) for start, cells in _numbered(table, minibatch))
+            parts = torch.arange(screen.n_cells).split(minibatch)
+            total = _sum(groups.sums(_replicate(fit, sites, gone(fit, table, sites, part, seen=False)), int(part[0])) for part in parts)
         for level, value in groups.levels(total).items():
             running[level].add(value)
     named = {level: running[level].dataset(screen, level) for level in groups.of}

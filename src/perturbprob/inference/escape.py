@@ -1,0 +1,102 @@
+"""Which edited cells were hit, and which escaped."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from perturbprob.inference.density import importance
+from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, warn_if_large
+from perturbprob.model.cells import Cells, CellTable
+from perturbprob.model.penetrance import Hits, fold
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.screen import Screen
+    from perturbprob.inference.fit import Fit
+
+PARTICLES = 20
+"""How many rest states z₀ say how well a cell agrees with having been hit."""
+
+
+@torch.no_grad()
+def hit_probability(
+    fit: "Fit",
+    screen: "Screen",
+    *,
+    particles: int = PARTICLES,
+    n_draws: int = 20,
+    minibatch: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.DataArray:
+    """Return how probably each perturbation that was done to a cell has hit it, dims (cell, perturbation); NaN where it was not done.
+
+    p(h | x) ∝ p(h | π) p(x | h), the rest state z₀ summed out by importance sampling with ``particles`` draws from q(z₀ | x, h), averaged
+    over ``n_draws`` draws of what cells share. Where cells that were hit look like others it is π itself.
+
+    Raises ValueError for a fit without ``penetrance``.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2, penetrance=True), screen, epochs=2, progress=False)
+    >>> pb.hit_probability(fit, screen, particles=4, n_draws=2).sizes
+    Frozen({'cell': 200, 'perturbation': 2})
+    """
+    require_fit(fit)
+    check_draws(n_draws)
+    check_draws(particles, "particles")
+    check_draws(minibatch, "minibatch")
+    if fit.model.penetrance is None:
+        raise ValueError("This fit takes every edited cell to be hit. Make its model with penetrance=True to ask which were.")
+    names = fit.model.vocabulary
+    warn_if_large(screen.n_cells * len(names.perturbations), "probabilities of cells and perturbations", "Ask for fewer cells.")
+    table = CellTable(fit.model, screen)
+    found = torch.zeros(screen.n_cells, len(names.perturbations))
+    parts = list(torch.arange(screen.n_cells).split(minibatch))
+    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="hits" if progress else None)):
+        sites = table.sites(draw)
+        for index in parts:
+            cells = table.unfolded(index)
+            share = weights(fit, sites, cells, particles, seed=(seed, k, 7 + int(index[0])))
+            there = torch.stack([s.perturbation for s in cells.protocol]).amax(0)
+            found.index_add_(0, index[_hits(cells).of.cpu()], (share[:, None] * there).cpu())
+    done = np.array([[p in protocol.perturbations for p in names.perturbations] for protocol in map(names.protocol, screen.conditions)])
+    value = np.where(done[screen.condition], found.numpy() / n_draws, np.nan)
+    perturbations = [p.gene for p in names.perturbations]
+    perturbations = perturbations if len(set(perturbations)) == len(perturbations) else list(map(repr, names.perturbations))
+    return xr.DataArray(value, {"cell": list(screen.cells), "perturbation": perturbations}, ("cell", "perturbation"), "hit_probability")
+
+
+def weights(fit: "Fit", sites: Sites, cells: Cells, particles: int = PARTICLES, *, seed: tuple[int, ...] = (0,)) -> Float[Tensor, " row"]:
+    """Return the probability of each way that a cell may have gone, given what was seen of it: p(h | x, globals)."""
+    density, of = importance(fit.model, fit.guide, sites, cells, particles, seed=seed), _hits(cells).of
+    return (density - fold(density, of)[of]).exp()
+
+
+def _hits(cells: Cells) -> Hits:
+    """Return the ways of unfolded cells."""
+    if cells.hits is None:
+        raise ValueError("These cells are not unfolded: take CellTable.unfolded of a model with penetrance.")
+    return cells.hits
+
+
+def gone(fit: "Fit", table: CellTable, sites: Sites, index: Int[Tensor, " cell"], *, seen: bool = True, sure: bool = False) -> Cells:
+    """Return cells by the way that each has gone, hit or not: drawn, or the most probable (``sure``).
+
+    It is drawn given what was ``seen`` of the cell, or before anything was. Where no cell escapes it is the cells themselves.
+    """
+    cells = table.unfolded(index)
+    if fit.model.penetrance is None:
+        return cells
+    hits = _hits(cells)
+    if seen:
+        weight = weights(fit, sites, cells, seed=(int(torch.randint(2**31, ())),)).clamp(min=1e-30).log()
+    else:
+        weight = fit.model.penetrance.law(sites, hits).log_prob(hits.hit)
+    noise = 0.0 if sure else -(-torch.rand_like(weight).clamp(1e-12, 1 - 1e-7).log()).log()  # Gumbel: the largest is a draw
+    order = torch.argsort(weight + noise)
+    order = order[torch.argsort(hits.of[order], stable=True)]
+    return cells[order[torch.cat([hits.of.diff() > 0, hits.of.new_ones(1).bool()])]]
