@@ -41,6 +41,9 @@ def node(
 
     Raises ValueError where batches share no condition, not even control, unless `ExchangeableBatches` is among the assumptions.
 
+    ``penetrance=True`` lets edited cells escape: each perturbation hits a cell with a probability π of its own, in the posterior as
+    ``penetrance``; "sgrna" gives every sgRNA its own (see `Penetrance`, `hit_probability`).
+
     Where the screen has further `assays`, each gets a head over the same state (`ProteinHead`, `WindowHead`, `OpenWindowHead`).
 
     A screen of continuous values is modelled in gene space: the state is the values, the start the mean of control at its first
