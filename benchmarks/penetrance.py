@@ -2,8 +2,8 @@
 
     python benchmarks/penetrance.py --screens 10
 
-An escaped cell has the counts of a control cell of its time and batch. How far hit and escaped cells differ is that of Fisher's discriminant
-on log(1 + count / size factor), told which are which and cross-validated: d′ = √2 Φ⁻¹(area under its curve), in standard deviations.
+An escaped cell has the counts of a control cell of its time and batch. How far hit and escaped cells differ is what Fisher's discriminant
+of log(1 + count / size factor) sees, told which are which and cross-validated: d′ = √2 Φ⁻¹(area under its curve), in standard deviations.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def main() -> None:
         part = (apart >= low) & (apart < high)
         if part.any():
             print(
-                f"d' {low:g} to {high:g}: {part.sum()} perturbations, covered {inside[part].mean():.2f}, mean error {error[part].mean():+.3f}, "
+                f"d' {low:g} to {high:g}: {part.sum()} perturbations, covered {inside[part].mean():.2f}, "
+                f"mean error {error[part].mean():+.3f}, "
                 f"root mean square error {np.sqrt(np.mean(error[part] ** 2)):.3f}, mean posterior sd {width[part].mean():.3f}"
             )
     print(f"{time.perf_counter() - start:.0f} s")
