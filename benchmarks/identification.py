@@ -2,10 +2,10 @@
 
     python benchmarks/identification.py --screens 20
 
-Each screen has five times, and at the fourth some perturbations are hidden, which a structure has to carry there. Truths are prior draws:
-every global site from the prior of its `CellModel`, the weights of its networks from Normal(0, 1 / fan in). The conditions, batches and size
-factors are those of a simulated screen. ``right`` is the share of screens in which the true structure has the largest held-out log density, or
-is within one standard error of the paired difference from it (`perturbprob.compare`, conditions drawn at random).
+Each screen has five times, and at the fourth some perturbations are hidden, which structures have to carry there. Truths are prior draws:
+every global site from the prior of `CellModel`, weights of networks from Normal(0, 1 / fan in). The conditions, batches and size
+factors are those of a simulated screen. The answer is right where the true structure has the largest held-out log density, or is within one
+standard error of the paired difference from it (`perturbprob.compare`, conditions drawn at random).
 """
 
 import argparse
