@@ -80,10 +80,11 @@ class CausalContext(Transition):
         return replace(state, delta=self.solver(lambda _, delta: pace * (drawn(delta) - delta), state.delta), clock=state.clock + time)
 
     def settled(self, state: CellState, effects: Effects, *, tolerance: float = 1e-5, max_steps: int = 500) -> CellState:
-        """Return the state after waiting for good, δ = W (f − f₀) + context, by damped fixed-point steps from where the cells are.
+        """Return the state after waiting for good, δ = W (f − f₀) + context, from where the cells are.
 
-        Its derivative, where one is asked for, is that of the solution (implicit function theorem), whatever the way to it: one Newton step
-        from the point that was found, through the Jacobian there. Raises a ValueError where a cycle never comes to rest.
+        Damped fixed-point steps lead there, and where strong feedback makes them swing, Newton steps. The derivative of the answer, where
+        one is asked for, is that of the solution (implicit function theorem), whatever the way to it. Raises a ValueError where a cell
+        does not come to rest: no such point is found, or the cells would move away from it.
         """
         effects = _with_network(effects)
         drawn, delta = self.target(state, effects), state.delta
@@ -94,17 +95,42 @@ class CausalContext(Transition):
                     break
                 delta = delta + 0.5 * step
             else:
-                raise ValueError(
-                    f"The state has not come to rest in {max_steps} steps (it still moves by {float(step.abs().amax()):.2g}): this network "
-                    "has a cycle that goes on. Ask for a finite wait."
-                )
+                delta = self._newton(drawn, state, effects, delta, tolerance)
         if not torch.is_grad_enabled():
             return replace(state, delta=delta)
-        flat, product = delta.detach(), self.product(state.z0 + delta)
-        slope = self.kept(state, effects) * product * (1 - product / 2)
-        jacobian = (effects.weights.unsqueeze(-3) * slope.unsqueeze(-2)).detach()
-        system = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device) - jacobian
-        return replace(state, delta=flat + torch.linalg.solve(system, (drawn(flat) - flat).unsqueeze(-1)).squeeze(-1))
+        flat = delta.detach()
+        return replace(state, delta=flat + self._towards(drawn(flat) - flat, state, effects, flat))
+
+    def _newton(
+        self, drawn: Callable[[Tensor], Tensor], state: CellState, effects: NetworkEffects, delta: Tensor, tolerance: float
+    ) -> Tensor:
+        """Find the point of rest by Newton's steps, and see that cells near it come back."""
+        for _ in range(50):
+            step = drawn(delta) - delta
+            if step.abs().amax() <= tolerance:
+                break
+            delta = delta + self._towards(step, state, effects, delta)
+        else:
+            raise ValueError(
+                f"No point of rest was found (the state still moves by {float(step.abs().amax()):.2g}). Ask for a finite wait."
+            )
+        back = self.decay[:, None] * (self._slope(state, effects, delta) - torch.eye(delta.shape[-1]).to(delta))
+        if (torch.linalg.eigvals(back).real > 0).any():
+            raise ValueError(
+                "This network has a cycle that goes on: cells move away from the only point of rest found. Ask for a finite wait."
+            )
+        return delta
+
+    def _slope(self, state: CellState, effects: NetworkEffects, delta: Tensor) -> Float[Tensor, "*plate cell gene regulator"]:
+        """Return the derivative of where δ is drawn to."""
+        product = self.product(state.z0 + delta)
+        return effects.weights.unsqueeze(-3) * (self.kept(state, effects) * product * (1 - product / 2)).unsqueeze(-2)
+
+    def _towards(self, step: Tensor, state: CellState, effects: NetworkEffects, delta: Tensor) -> Tensor:
+        """Return Newton's step, (I − J)⁻¹ of the plain one, J taken as it is."""
+        slope = self._slope(state, effects, delta).detach()
+        system = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device) - slope
+        return torch.linalg.solve(system, step.unsqueeze(-1)).squeeze(-1)
 
 
 def _with_network(effects: Effects) -> NetworkEffects:

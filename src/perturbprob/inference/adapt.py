@@ -90,6 +90,11 @@ def _check(fit: "Fit", cells: Screen, batch: str) -> None:
             f"adapt estimates η of the RNA alone; what batch {batch!r} does to the assay {next(iter(cells.assays))!r} would stay 0. Leave "
             "the assays out, cells.with_assays({}), and take predictions of them in batches that were fitted."
         )
+    if fit.model.penetrance is not None and any(p.perturbations for p in cells.conditions):
+        raise ValueError(
+            "Of edited cells that may have escaped, adapt cannot tell a batch effect from a smaller share of hits: give control cells, "
+            "cells[cells.cells_of('control')]."
+        )
     if fit.model.batch_effect.n_batches == 1:
         raise ValueError("The fit has one batch, so how far batches differ was never seen. Fit a screen of several batches to adapt it.")
 

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from perturbprob.inference.draws import check_draws, global_draws, require_fit
+from perturbprob.model.network_effect import NetworkEffect
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -33,10 +34,9 @@ def edges(fit: "Fit", *, n_draws: int = 200, level: float = 0.9, seed: int = 0) 
     check_draws(n_draws)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}.")
-    names = fit.model.vocabulary
-    found = [s for s in global_draws(fit.model, fit.guide, n_draws, seed) if "network" in s]
-    if not found:
+    if not isinstance(fit.model.mark_effect, NetworkEffect):
         raise ValueError("This fit has no network over genes. Fit a causal_context to ask for edges.")
+    names, found = fit.model.vocabulary, list(global_draws(fit.model, fit.guide, n_draws, seed))
     weight, gate = (np.stack([s.get(name, s["network"]).cpu().numpy() for s in found]) for name in ("network", "edge_gate"))
     lower, upper = np.quantile(weight, [(1 - level) / 2, (1 + level) / 2], axis=0)
     values = {

@@ -1,5 +1,9 @@
 """Which edited cells were hit, and which escaped."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,10 +12,11 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from perturbprob.experiment.action import Protocol
 from perturbprob.inference.density import importance
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
-from perturbprob.model.penetrance import Hits, fold
+from perturbprob.model.penetrance import Hits, fold, ways
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -68,6 +73,39 @@ def hit_probability(
     perturbations = [p.gene for p in names.perturbations]
     perturbations = perturbations if len(set(perturbations)) == len(perturbations) else list(map(repr, names.perturbations))
     return xr.DataArray(value, {"cell": list(screen.cells), "perturbation": perturbations}, ("cell", "perturbation"), "hit_probability")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cells of a condition that went through the same: ``share`` gives their share of its cells in one draw of the globals."""
+
+    protocol: Protocol
+    share: Callable[[Sites], float]
+
+
+def population(fit: "Fit", protocol: Protocol, edited: bool | None = None) -> list[Part]:
+    """Return what cells of a protocol went through, and how many each: one part, unless edited cells may have escaped.
+
+    ``edited`` asks for those hit by all that was done (True) or by nothing (False) alone. Where sgRNAs have a π of their own, those of
+    the cells trained on are what a condition is made of; of a condition without such cells the π of its perturbations.
+    """
+    if fit.model.penetrance is None:
+        return [Part(protocol, lambda _: 1.0)]
+    several = ways(protocol)
+    if edited is not None:
+        return [Part(several[0 if edited else -1][0], lambda _: 1.0)]
+    names, cells = fit.model.vocabulary, fit.trained_on.get("sgrnas", {}).get(repr(protocol), {})
+    place = [names.perturbations.index(p) for p in protocol.perturbations]
+    behind = {fit.model.sgrnas.index(name): n for name, n in cells.items() if name in fit.model.sgrnas}
+
+    def share(sites: Sites, hit: tuple[bool, ...]) -> float:
+        pi = sites["penetrance"][place]
+        if behind and "sgrna_penetrance" in sites:
+            own, n = sites["sgrna_penetrance"][list(behind)], torch.tensor(list(behind.values())).to(pi)
+            pi = ((own * n).sum() / n.sum())[None]
+        return math.prod(float(p if there else 1 - p) for p, there in zip(pi, hit, strict=True))
+
+    return [Part(way, partial(share, hit=hit)) for way, hit in several]
 
 
 def weights(fit: "Fit", sites: Sites, cells: Cells, particles: int = PARTICLES, *, seed: tuple[int, ...] = (0,)) -> Float[Tensor, " row"]:

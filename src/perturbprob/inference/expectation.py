@@ -29,8 +29,9 @@ CHUNK = 20_000_000
 class Expectation:
     """Averages over cells at rest z₀ ~ Normal(0, I), by the same Sobol points for every condition and draw.
 
-    One row per protocol, each in its batch (None: η = 0, "new": a batch never seen). With ``settled`` cells are left alone for good
-    behind their protocol, as a network can tell. Rows are worked through in ``parts`` that fit into memory.
+    One row per protocol, each in its batch (None: η = 0, "new": a batch never seen), with the depths of the condition ``depth_of``
+    (itself). With ``settled`` cells are left alone for good behind their protocol, as a network can tell. Rows are worked through in
+    ``parts`` that fit into memory.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Expectation:
         protocols: Sequence[Protocol],
         batches: Sequence[str | None],
         *,
+        depth_of: Sequence[Protocol] | None = None,
         settled: bool = False,
         n_rest: int = N_REST,
         seed: int = 0,
@@ -52,7 +54,7 @@ class Expectation:
         self.batch = torch.tensor(codes, device=device)
         points = SobolEngine(fit.model.rest_size + 1, scramble=True, seed=seed).draw(n_rest).clamp(1e-6, 1 - 1e-6)
         self.z = fit.model.rest_points(points[:, 1:].to(device))
-        depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(protocols, batches, strict=True)]
+        depths = [fit.depth.quantiles(p, None if b == "new" else b) for p, b in zip(depth_of or protocols, batches, strict=True)]
         ranked = torch.stack(depths)[:, (points[:, 0] * len(depths[0])).long()]
         self.log_depth = ranked.to(self.z) + fit.model.log_depth
         self.segments = [s.to(device) for s in names.encode(protocols)]

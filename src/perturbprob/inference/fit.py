@@ -358,5 +358,9 @@ def trained_on(screen: Screen) -> dict[str, Any]:
         for name, assay in screen.assays.items()
     }
     aliased = [list(names) for names in dict.fromkeys(tuple(alias.levels) for alias in screen.layout.aliases())]
-    seen = {"conditions": conditions, "confounded": confounded, "aliased": aliased, "assays": assays}
+    sgrnas = {}
+    if screen.sgrna is not None:
+        each = [np.unique(screen.sgrna[screen.condition == k].astype(str), return_counts=True) for k in range(len(screen.conditions))]
+        sgrnas = {repr(c): dict(zip(*(part.tolist() for part in own), strict=True)) for c, own in zip(screen.conditions, each, strict=True)}
+    seen = {"sgrnas": sgrnas, "conditions": conditions, "confounded": confounded, "aliased": aliased, "assays": assays}
     return {"cells": list(map(str, screen.cells)), "columns": screen.columns} | seen

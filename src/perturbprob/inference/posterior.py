@@ -130,7 +130,8 @@ def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "
 def _dataset(model: "CellModel", draws: Iterable[Sites]) -> xr.Dataset:
     """Stack draws into a labelled Dataset with one chain."""
     kept: dict[str, list[np.ndarray]] = {}
-    dims = DIMS | {f"{name}_{site}": _of_assay(name, site) for name in model.assays for site in ASSAY_DIMS}
+    own = DIMS if model.programmes is None else {n: tuple("gene" if d == "latent" else d for d in along) for n, along in DIMS.items()}
+    dims = own | {f"{name}_{site}": _of_assay(name, site) for name in model.assays for site in ASSAY_DIMS}
     for sites in draws:
         for name in dims:
             if name in sites and sites[name].numel():

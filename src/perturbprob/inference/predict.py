@@ -1,9 +1,7 @@
 """What a fit expects of a protocol, seen or unseen: means with intervals."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +14,8 @@ from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_aliased, say_apart, say_far, say_untested
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.escape import population
 from perturbprob.inference.expectation import Expectation
-from perturbprob.model.penetrance import ways
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -87,9 +85,9 @@ def predict(
     warn_if_large(n_values, f"{n_draws} draws of {len(protocols)} conditions", "Predict fewer conditions at once, or lower n_draws.")
 
     def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
-        return expectation.means(sites, part, scale, None if n_cells is None else n_cells * share)
+        return expectation.means(sites, part, scale, None if n_cells is None else (n_cells * share).clamp(min=1))
 
-    draws = _draws(fit, protocols, batches, mean, edited=edited, n_draws=n_draws, seed=seed, progress=progress)
+    draws = _draws(fit, protocols, batches, mean, edited=edited, n_cells=n_cells, n_draws=n_draws, seed=seed, progress=progress)
     values = torch.stack(list(draws))
     data = _interval(values, level)
     if fit.settings["objective"] != "elbo" and interval == "mean":  # a deterministic fit does not know how sure it is
@@ -211,6 +209,7 @@ def _draws(
     mean: Callable[["Expectation", Sites, Tensor, Tensor], Tensor],
     *,
     edited: bool | None = None,
+    n_cells: int | None = None,
     n_draws: int,
     seed: int,
     progress: bool,
@@ -218,32 +217,25 @@ def _draws(
     """Yield each posterior draw's ``mean`` of every condition, from its rows, over the batches and hits of which each is a share."""
     fitted = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
     named = [fitted if b == "average" else [b] for b in batches]
-    gone = [_ways(fit, p, edited) for p in protocols]
-    rows = [(c, way, b) for c, names in enumerate(named) for way in range(len(gone[c])) for b in names]
+    parts = [population(fit, p, edited) for p in protocols]
+    rows = [(c, way, b) for c, names in enumerate(named) for way in range(len(parts[c])) for b in names]
     of = torch.tensor([c for c, _, _ in rows])
-    expectation = Expectation(fit, [gone[c][way][0] for c, way, _ in rows], [b for _, _, b in rows], seed=seed)
-    even = torch.tensor([1.0 / len(named[c]) for c, _, _ in rows])[:, None]
+    done, batch_of = [parts[c][way].protocol for c, way, _ in rows], [b for _, _, b in rows]
+    expectation = Expectation(fit, done, batch_of, depth_of=[protocols[c] for c, _, _ in rows], seed=seed)
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="predict" if progress else None)):
-        share = even * torch.tensor([gone[c][way][1](sites) for c, way, _ in rows])[:, None]
         with seeded(seed, k, 2):
+            shares = [_sampled(torch.tensor([part.share(sites) for part in own]), n_cells) for own in parts]
+            share = torch.stack([shares[c][way] / len(named[c]) for c, way, _ in rows])[:, None]
             sites = expectation.complete(sites)
             means = torch.cat([mean(expectation, sites, part, share[part]) for part in expectation.parts]).cpu()
         yield means.new_zeros(len(protocols), means.shape[1]).index_add_(0, of, share * means)
 
 
-def _ways(fit: "Fit", protocol: Protocol, edited: bool | None) -> list[tuple[Protocol, Callable[[Sites], float]]]:
-    """Return what cells of a protocol may have gone through, and the share of cells in each given one draw of the globals."""
-    if fit.model.penetrance is None:
-        return [(protocol, lambda _: 1.0)]
-    several = ways(protocol)
-    if edited is not None:
-        return [(several[0 if edited else -1][0], lambda _: 1.0)]
-    place = [fit.model.vocabulary.perturbations.index(p) for p in protocol.perturbations]
-
-    def share(sites: Sites, hit: tuple[bool, ...]) -> float:
-        return math.prod(float(pi if there else 1 - pi) for pi, there in zip(sites["penetrance"][place], hit, strict=True))
-
-    return [(way, partial(share, hit=hit)) for way, hit in several]
+def _sampled(share: Float[Tensor, " part"], n_cells: int | None) -> Float[Tensor, " part"]:
+    """Return the shares of the parts of a population among so many cells drawn from it; those of the population, where it has one part."""
+    if n_cells is None or len(share) == 1:
+        return share
+    return torch.multinomial(share, n_cells, replacement=True).bincount(minlength=len(share)) / n_cells
 
 
 def labelled(

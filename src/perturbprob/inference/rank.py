@@ -13,12 +13,14 @@ from torch.quasirandom import SobolEngine
 from perturbprob.experiment.action import Action, Protocol, Wait
 from perturbprob.experiment.screen import Screen
 from perturbprob.experiment.vocabulary import nearest
-from perturbprob.inference.caveats import say_untested
+from perturbprob.inference.caveats import say_far, say_untested
 from perturbprob.inference.do import asked_of, timed
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded
+from perturbprob.inference.escape import gone
 from perturbprob.inference.expectation import CHUNK, N_REST, ended
 from perturbprob.inference.predict import labelled
 from perturbprob.model.cells import CellTable
+from perturbprob.model.condition_effect import Node
 
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
@@ -56,8 +58,11 @@ def rank_perturbations(
     A Dataset over (condition,), sorted: ``distance`` (posterior mean) with ``lower`` and ``upper`` (the central interval of probability
     ``level``), ``best``, the posterior probability to be the nearest of all candidates, and ``better``, that to be nearer than doing
     nothing for as long as the longest candidate, whose own distance is ``nothing``, with ``nothing_lower`` and ``nothing_upper``. Each
-    draw takes the same globals and z₀ for all candidates, nothing and target. Which is best among candidates that are alike in truth is
-    chance: read ``best`` beside the intervals.
+    draw takes the same globals for all, and the same z₀ for all candidates and nothing. Which is best among candidates that are alike in
+    truth is chance: read ``best`` beside the intervals. Cells that may have escaped their edits are drawn as hit or not, each time.
+
+    Raises ValueError for unknown names, a ``level`` outside (0, 1), candidates that wait for no time, ``settled`` without a network, and
+    ``start`` of continuous values or of a structure with noise; TypeError for another ``target_state``.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
@@ -70,26 +75,49 @@ def rank_perturbations(
     check_draws(n_draws)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}.")
-    asked, known = asked_of(fit, _each(fit, settled=settled) if candidates is None else candidates, settled=settled)
+    _check_start(fit, start)
+    asked, known = asked_of(fit, _each(fit, start, settled=settled) if candidates is None else candidates, settled=settled)
     say_untested(fit)
     nothing = Protocol() if settled else Protocol([Wait(max(p.time for p in known))])
-    ends = _Ends(asked, [Protocol()] if start is None else start.conditions, [*known, nothing], settled=settled)
-    cells = _at_rest(fit, seed) if start is None else _rest_of(fit, start)
-    wanted, genes = _wanted(fit, target_state)
+    origins, cells = ([Protocol()], _at_rest(fit, seed)) if start is None else _rest_of(fit, start)
+    ends = _Ends(asked, origins, [*known, nothing], settled=settled)
+    if start is not None and not settled:
+        say_far(fit, ends.protocols)
+    wanted, genes, also = _wanted(fit, asked, target_state)
+    extra = asked.model.condition_effect.unknown([*ends.parts, *(also.parts if also else [])])
+    for each in (ends, also):
+        if each is not None:
+            each.number(extra)
     distances = []
-    for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
+    for k, draw in enumerate(global_draws(fit.model, fit.guide, n_draws, seed)):
         with seeded(seed, k, 2):
-            reached = ends(sites, cells())
-            distances.append((reached - wanted(sites, reached[-1]))[:, genes].square().mean(-1).cpu())
+            sites = asked.model.completed(draw, extra)  # once, for candidates and target alike
+            reached = ends(sites, cells(draw))
+            distances.append((reached - wanted(draw, sites, reached[-1]))[:, genes].square().mean(-1).cpu())
     return timed(_ranked(asked, known, torch.stack(distances), level), settled=settled)
 
 
-def _each(fit: "Fit", *, settled: bool) -> list[Protocol]:
-    """Return every perturbation of the fit alone, for the longest time that was seen."""
-    if not fit.model.vocabulary.perturbations:
+def _check_start(fit: "Fit", start: "Screen | None") -> None:
+    """Refuse cells to begin with where none can be taken further."""
+    if start is None:
+        return
+    if fit.model.start is not None:
+        raise ValueError("Rows of continuous values all begin at one known state, so start= would be ignored: leave it out.")
+    if fit.model.transition.noise_shape:
+        raise ValueError("The noise of this structure is made for the waits of its screen, and start= adds one: leave start= out.")
+
+
+def _each(fit: "Fit", start: "Screen | None", *, settled: bool) -> list[Protocol]:
+    """Return every perturbation of the fit alone, for the longest time that was seen; of genes that no given cell has perturbed yet."""
+    names = fit.model.vocabulary
+    if not names.perturbations:
         raise ValueError("The fit has seen no perturbation. Name candidates, such as Media('BMP4') >> Wait(5).")
     longest = max(Protocol.parse(text).time for text in fit.trained_on["conditions"])
-    return [Protocol([p] if settled else [p, Wait(longest)]) for p in fit.model.vocabulary.perturbations]
+    done = set() if start is None else {p.gene for protocol in start.conditions for p in protocol.perturbations}
+    left = [p for p in names.perturbations if p.gene not in done]
+    if not left:
+        raise ValueError("The cells to begin with have every perturbation of the fit already: name candidates.")
+    return [Protocol([p] if settled else [p, Wait(longest)]) for p in left]
 
 
 @final
@@ -100,15 +128,18 @@ class _Ends:
         """Encode every origin with every candidate behind it."""
         self.model, self.n, self.settled = fit.model, len(candidates), settled
         names, effect, device = fit.model.vocabulary, fit.model.condition_effect, fit.model.log_share.device
-        protocols = [names.protocol(own >> then) for own in origins for then in candidates]
-        parts = [effect.parts(p, names.time_scale) for p in protocols]
-        self.extra = effect.unknown(parts)
-        self.rows = effect.rows(parts, self.extra).to(device)
-        self.segments = [s.to(device) for s in names.encode(protocols)]
+        self.protocols = [names.protocol(own >> then) for own in origins for then in candidates]
+        self.parts = [effect.parts(p, names.time_scale) for p in self.protocols]
+        self.segments = [s.to(device) for s in names.encode(self.protocols)]
+        self.rows = torch.empty(0)
+
+    def number(self, extra: Sequence[Node]) -> None:
+        """Number the condition effects, ``extra`` ones behind those of the model."""
+        self.rows = self.model.condition_effect.rows(self.parts, extra).to(self.model.log_share.device)
 
     def __call__(self, sites: Sites, cells: Rest) -> Float[Tensor, "candidate gene"]:
-        """Return the mean over cells in one draw of the globals."""
-        sites, total, count = self.model.completed(sites, self.extra), torch.zeros(()), 0
+        """Return the mean over cells in one draw of the globals, completed."""
+        total, count = torch.zeros(()), 0
         each = torch.arange(self.n, device=self.rows.device)
         size = max(1, CHUNK // (self.n * len(self.model.vocabulary.genes)))
         for z0, origin in cells:
@@ -120,34 +151,48 @@ class _Ends:
         return total / count
 
 
-def _at_rest(fit: "Fit", seed: int) -> Callable[[], Rest]:
+def _at_rest(fit: "Fit", seed: int) -> Callable[[Sites], Rest]:
     """Return rest states of the model, the same in every draw."""
     points = SobolEngine(fit.model.rest_size, scramble=True, seed=seed).draw(N_REST).clamp(1e-6, 1 - 1e-6)
     z = fit.model.rest_points(points.to(fit.model.log_share.device))
-    return lambda: [(z, torch.zeros(len(z), dtype=torch.long, device=z.device))]
+    return lambda _: [(z, torch.zeros(len(z), dtype=torch.long, device=z.device))]
 
 
-def _rest_of(fit: "Fit", screen: Screen) -> Callable[[], Rest]:
-    """Return a draw of the rest states of given cells, with the number of each cell's condition."""
+def _rest_of(fit: "Fit", screen: Screen) -> tuple[Sequence[Protocol], Callable[[Sites], Rest]]:
+    """Return the protocols that given cells may have gone through, and a draw of their rest states with the number of each one's."""
     table = CellTable(fit.model, screen)
-    return lambda: ((fit.guide.rest(cells).sample(), cells.condition) for cells in table.minibatches(MINIBATCH))
+
+    def rest(draw: Sites) -> Rest:
+        sites = table.sites(draw)
+        for index in torch.arange(screen.n_cells).split(MINIBATCH):
+            cells = gone(fit, table, sites, index)
+            yield fit.guide.rest(cells).sample(), cells.condition if cells.hits is None else cells.hits.way
+
+    return table.protocols, rest
 
 
-Wanted = Callable[[Sites, Float[Tensor, " gene"]], Float[Tensor, " gene"]]
-"""The desired state in one draw of the globals, given where cells end that nothing is done to."""
+Wanted = Callable[[Sites, Sites, Float[Tensor, " gene"]], Float[Tensor, " gene"]]
+"""The desired state in one draw of the globals, as drawn and completed, given where cells end that nothing is done to."""
 
 
-def _wanted(fit: "Fit", target: "Screen | pd.Series[float] | Mapping[str, float]") -> tuple[Wanted, Int[Tensor, " part"]]:
-    """Return the desired state, and the places of the genes that count."""
+def _wanted(
+    fit: "Fit", asked: "Fit", target: "Screen | pd.Series[float] | Mapping[str, float]"
+) -> tuple[Wanted, Int[Tensor, " part"], "_Ends | None"]:
+    """Return the desired state, the places of the genes that count, and where cells of the target end."""
     genes = list(fit.model.vocabulary.genes)
     if isinstance(target, Screen):
         everything = torch.arange(len(genes))
         if fit.model.start is not None:
             table = CellTable(fit.model, target)
-            measured = lambda sites: torch.cat([fit.model.seen_state(table.sites(sites), c).mean for c in table.minibatches(MINIBATCH)])  # noqa: E731
-            return lambda sites, _: measured(sites).mean(0), everything
-        own, cells = _Ends(fit, target.conditions, [Protocol()], settled=False), _rest_of(fit, target)
-        return lambda sites, _: own(sites, cells())[0], everything
+
+            def measured(draw: Sites, _: Sites, __: Tensor) -> Tensor:
+                sites = table.sites(draw)
+                return torch.cat([fit.model.seen_state(sites, c).mean for c in table.minibatches(MINIBATCH)]).mean(0)
+
+            return measured, everything, None
+        origins, cells = _rest_of(fit, target)
+        own = _Ends(asked, origins, [Protocol()], settled=False)
+        return lambda draw, sites, _: own(sites, cells(draw))[0], everything, own
     if not isinstance(target, pd.Series | Mapping) or not len(target):
         raise TypeError(
             "target_state is a Screen of cells in the desired state, or the wanted changes in log rate by gene, such as "
@@ -160,7 +205,7 @@ def _wanted(fit: "Fit", target: "Screen | pd.Series[float] | Mapping[str, float]
         raise ValueError("target_state must hold one finite change in log rate for each gene it names.")
     place = torch.tensor([genes.index(name) for name in shift.index])
     moved = torch.zeros(len(genes)).index_copy(0, place, torch.tensor(shift.to_numpy(), dtype=torch.float32))
-    return lambda _, nothing: nothing + moved.to(nothing), place
+    return lambda _, __, nothing: nothing + moved.to(nothing), place, None
 
 
 def _ranked(fit: "Fit", known: Sequence[Protocol], distances: Float[Tensor, "draw candidate"], level: float) -> xr.Dataset:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountLaw, sample_dispersion
+from perturbprob.measurement.decoder import normal_points
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class AssayHead(nn.Module, ABC):
 
     own_sites: ClassVar[tuple[str, ...]] = ()
     binary: ClassVar[bool] = False
+    points: Tensor
     level: Tensor
     gene: Tensor
     average: Tensor
@@ -174,6 +176,7 @@ class AssayHead(nn.Module, ABC):
         self.linked = tuple(self.features[f] for f in linked)
         self.batch_effect = batch_effect
         self.network = nn.Sequential(nn.Linear(n_latent, n_hidden), nn.ReLU(), nn.Linear(n_hidden, len(features), bias=False))
+        self.register_buffer("points", normal_points(n_latent), persistent=False)
         self.register_buffer("level", level)
         self.register_buffer("gene", torch.tensor([gene[f] for f in linked], dtype=torch.long))
         self.register_buffer("average", log_share[self.gene])

@@ -38,10 +38,13 @@ class Decoder(nn.Module):
     ``offset`` (genes last) holds what acts on genes directly: the bias of each gene, and the condition effects.
     """
 
+    points: Tensor
+
     def __init__(self, n_latent: int, n_genes: int, *, n_hidden: int = 128) -> None:
         """Make the network; its last layer has no bias of its own."""
         super().__init__()
         self.network = nn.Sequential(nn.Linear(n_latent, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_genes, bias=False))
+        self.register_buffer("points", normal_points(n_latent), persistent=False)
 
     def forward(self, z: Float[Tensor, "*plate latent"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return the log share."""

@@ -17,7 +17,7 @@ from perturbprob.experiment.vocabulary import Segment, Vocabulary
 from perturbprob.measurement.assays import AssayHead
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead
-from perturbprob.measurement.decoder import Decoder, Identity, Log1p, LogRate, log_prior, normal_points
+from perturbprob.measurement.decoder import Decoder, Identity, Log1p, LogRate, log_prior
 from perturbprob.measurement.exact import Exact
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.cells import Cells
@@ -82,7 +82,6 @@ class CellModel(PyroModule):
         for bound in self.assumptions:
             if reason := bound.assumption.refuses(transition):
                 raise ValueError(f"{type(bound.assumption).__name__} {reason}")
-        self.register_buffer("points", normal_points(n_latent), persistent=False)
         self.register_buffer("log_share", log_share)
         self.register_buffer("log_depth", torch.tensor(log_depth))
         self.register_buffer("start", start)
@@ -109,7 +108,7 @@ class CellModel(PyroModule):
             pyro.factor(bound.name, bound.term(self, sites))  # above the plate: once per screen, not once per cell
         for name, part in {"decoder": self.decoder, **self.assays}.items():
             if isinstance(part, Decoder | AssayHead):
-                pyro.factor(f"{name}_spread", log_prior(part.network, self.points))
+                pyro.factor(f"{name}_spread", log_prior(part.network, part.points))
         with pyro.plate("cell", cells.total, subsample=cells.index):
             if self.penetrance is not None and cells.hits is not None:  # a row for each way that an edited cell may have gone
                 pyro.sample("hit", self.penetrance.law(sites, cells.hits), obs=cells.hits.hit)

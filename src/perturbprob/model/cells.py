@@ -119,12 +119,12 @@ class CellTable:
             )
         self.model, self.screen, self.assays = model, screen, _assays(model, screen)
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
-        self.first, self.hit, self.edits, protocols = _ways(model, screen, protocols)
-        parts = [model.condition_effect.parts(p, names.time_scale) for p in protocols]
+        self.first, self.hit, self.edits, self.protocols = _ways(model, screen, protocols)
+        parts = [model.condition_effect.parts(p, names.time_scale) for p in self.protocols]
         self.extra = model.condition_effect.unknown(parts)
         self.rows = model.condition_effect.rows(parts, self.extra)
         device = model.log_share.device
-        self.segments = [s.to(device) for s in names.encode(protocols)]
+        self.segments = [s.to(device) for s in names.encode(self.protocols)]
         self.condition = torch.as_tensor(screen.condition)
         codes = [names.batch_code(b) if batch is None else batch for b in screen.batches]
         self.batch = torch.tensor(codes)[torch.as_tensor(screen.batch)]
@@ -170,7 +170,7 @@ class CellTable:
             index=torch.arange(len(of), device=device),
             protocol=[s[way.to(device)] for s in self.segments],
             rows=self.rows[way].to(device),
-            hits=Hits(of.to(device), self.edits[index[of]].to(device), self.hit[way].to(device)),
+            hits=Hits(of.to(device), way.to(device), self.edits[index[of]].to(device), self.hit[way].to(device)),
         )
 
     def _seen(self, name: str, index: Int[Tensor, " cell"]) -> Seen:
@@ -213,7 +213,15 @@ def _ways(
     if n_sgrnas and screen.sgrna is not None:
         known = {name: k for k, name in enumerate(model.sgrnas)}
         own = torch.tensor([known.get(str(name), -1) for name in screen.sgrna])[:, None]
-        edits = torch.where((own >= 0) & (edits < model.penetrance.n), own, edits)
+        told = (own >= 0) & (edits < model.penetrance.n)
+        wrong = told & (model.penetrance.behind.cpu()[own.clamp(min=0)] + n_sgrnas != edits)
+        if wrong.any():
+            cell = int(wrong.any(1).nonzero()[0])
+            raise ValueError(
+                f"Cell {screen.cells[cell]!r} has the sgRNA {str(screen.sgrna[cell])!r}, which the model knows of another perturbation "
+                f"than those of {screen.conditions[screen.condition[cell]]}. Check the column of sgRNAs."
+            )
+        edits = torch.where(told, own, edits)
     return first, hit, edits, [p for ways_ in several for p, _ in ways_]
 
 

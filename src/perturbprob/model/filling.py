@@ -153,6 +153,18 @@ def make(
     facts = _facts(screen, _penetrance(screen, penetrance)) | {"assumptions": bind(assumptions, screen.with_rna)}
     check_connected(screen, assumptions)
     arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden} | own
+    return _started(structure, facts, arguments, field, seed)
+
+
+def again(model: CellModel, screen: Screen, assumptions: Sequence[Assumption], *, seed: int) -> CellModel:
+    """Return a model of the same structure and arguments, started afresh, under other assumptions."""
+    recipe = model.recipe
+    facts = _facts(screen, recipe["penetrance"]) | {"assumptions": bind(assumptions, screen.with_rna)}
+    return _started(recipe["structure"], facts, recipe["arguments"], None, seed)
+
+
+def _started(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field: nn.Module | None, seed: int) -> CellModel:
+    """Fill the slots with networks that start from a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = fill(structure, facts, arguments, field)

@@ -42,16 +42,18 @@ def ways(protocol: Protocol) -> list[tuple[Protocol, tuple[bool, ...]]]:
 class Hits:
     """Which way each row of unfolded cells has gone.
 
-    ``of`` is the cell of each row, ``edits`` the number of the π of each edit, ``hit`` is 1 where it hit.
+    ``of`` is the cell of each row, ``way`` the place of what it went through in `CellTable.protocols`, ``edits`` the number of the π of
+    each edit, ``hit`` is 1 where it hit.
     """
 
     of: Int[Tensor, " row"]
+    way: Int[Tensor, " row"]
     edits: Int[Tensor, "row edit"]
     hit: Float[Tensor, "row edit"]
 
     def __getitem__(self, row: Int[Tensor, " part"]) -> "Hits":
         """Return some of the rows."""
-        return Hits(self.of[row], self.edits[row], self.hit[row])
+        return Hits(self.of[row], self.way[row], self.edits[row], self.hit[row])
 
 
 @final

@@ -13,6 +13,7 @@ from torch import Tensor
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded
+from perturbprob.inference.escape import population
 from perturbprob.inference.latent import latent
 from perturbprob.inference.predict import conditions_of, labelled
 
@@ -58,14 +59,20 @@ def branch_shares(
     check_draws(n_draws)
     protocols = conditions_of(fit, conditions)
     names, centre, whiten = _discriminant(fit, screen, np.array(branches, dtype=object))
-    segments = [s.to(centre.device) for s in fit.model.vocabulary.encode(protocols)]
+    parts = [(c, part) for c, p in enumerate(protocols) for part in population(fit, p)]
+    of, segments = (
+        torch.tensor([c for c, _ in parts]),
+        [s.to(centre.device) for s in fit.model.vocabulary.encode([p.protocol for _, p in parts])],
+    )
     found = []
     for k, sites in enumerate(global_draws(fit.model, fit.guide, n_draws, seed, progress="branches" if progress else None)):
         with seeded(seed, k, 9):
-            rest = fit.model.at_rest(N_CELLS).sample()[:, None].expand(-1, len(protocols), -1)
+            rest = fit.model.at_rest(N_CELLS).sample()[:, None].expand(-1, len(parts), -1)
         z = fit.model.moved(sites, rest, segments).z
         nearest = torch.cdist(z @ whiten, centre @ whiten).argmin(-1)
-        found.append(torch.nn.functional.one_hot(nearest, len(names)).double().mean(0))
+        ended = torch.nn.functional.one_hot(nearest, len(names)).double().mean(0).cpu()
+        share = torch.tensor([part.share(sites) for _, part in parts], dtype=torch.double)[:, None]
+        found.append(torch.zeros(len(protocols), len(names), dtype=torch.double).index_add(0, of, share * ended))
     shares = torch.stack(found)
     lower, upper = torch.quantile(shares, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=shares.dtype), dim=0)
     data = {"mean": shares.mean(0), "lower": lower, "upper": upper}

@@ -31,7 +31,7 @@ def compare(
 ) -> pd.DataFrame:
     """Return a table of fits, the best first, scored on the cells of a test screen; like ArviZ's compare, on held-out cells.
 
-    - ``log_density``: `log_density`, mean over cells, per count, in nats; rows are in its order.
+    - ``log_density``: `log_density`, mean over cells, per count (of RNA and of further assays), in nats; rows are in its order.
     - ``difference``, ``standard_error``: how far below the best, and of that difference. Cells of one condition share its prediction,
       so conditions are what is drawn at random where there are at least two: the error is that of a ratio of sums over conditions.
     - ``conditions_better``: the share of conditions whose cells it gives more density than the best does.
@@ -80,7 +80,8 @@ def _density(fit: "Fit", test: "Screen", particles: int, how: dict[str, Any]) ->
     """Return the log density of each cell, per count; NaN where the structure has no likelihood."""
     if fit.settings["objective"] == "kds":
         return np.full(test.n_cells, np.nan)
-    return log_density(fit, test, particles, **how).values / test.n_genes
+    n_seen = test.n_genes + sum(len(assay.features) for assay in test.assays.values())
+    return log_density(fit, test, particles, **how).values / n_seen
 
 
 def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
@@ -95,7 +96,8 @@ def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
         require_fit(fit)
         if fit.settings["objective"] == "paths" and fit.model.start is None:
             raise ValueError(f"{name!r} was fitted by objective='paths' and has no density of a cell: compare fits by the ELBO.")
-        if seen := cells.intersection(fit.trained_on["cells"]):
+        known = set(fit.trained_on["cells"]).union(*fit.trained_on.get("adapted", {}).values())
+        if seen := cells & known:
             raise ValueError(
                 f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {min(seen)!r}: give cells that no "
                 "fit has seen, as split.hold_out_cells or split.hold_out_time makes them."

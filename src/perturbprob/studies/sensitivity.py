@@ -13,7 +13,7 @@ from perturbprob.inference.draws import require_fit
 from perturbprob.inference.fit import Fit
 from perturbprob.inference.fit import fit as refit
 from perturbprob.inference.predict import predict
-from perturbprob.model.structures import node
+from perturbprob.model.filling import again
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -89,12 +89,12 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
     if list(map(str, screen.cells)) != fit.trained_on["cells"]:
         raise ValueError("sensitivity refits, so it needs the screen that the fit was trained on; these are other cells.")
     here, spread = _answers(fit, n_draws, seed)
-    again = partial(_again, fit, screen, progress=progress)
+    other_fit = partial(_again, fit, screen, progress=progress)
     rows = []
     for left_out in optional:
-        other = again([a for a in assumptions if a is not left_out])
+        other = other_fit([a for a in assumptions if a is not left_out])
         rows.append(_row(here, spread, _answers(other, n_draws, seed)[0], _validation(other) - _validation(fit)))
-    by_seed = _row(here, spread, _answers(again(assumptions, shift=1), n_draws, seed)[0], 0.0)
+    by_seed = _row(here, spread, _answers(other_fit(assumptions, shift=1), n_draws, seed)[0], 0.0)
     noise = by_seed["in_deviations" if spread.notnull().all() else "change"]
     names = pd.Index([type(a).__name__ for a in optional], name="assumption")
     return Sensitivity(xr.concat(rows, names).assign(noise=noise))
@@ -103,7 +103,7 @@ def sensitivity(fit: "Fit", screen: "Screen | None" = None, *, n_draws: int = 50
 def _again(fit: "Fit", screen: "Screen", assumptions: "list[Assumption]", *, shift: int = 0, progress: bool) -> "Fit":
     """Fit once more with these assumptions; the seeds of networks and training are moved by ``shift``."""
     recipe, training = fit.model.recipe, {name: fit.settings[name] for name in _TRAINING}
-    model = node(screen, assumptions=assumptions, seed=recipe.get("seed", 0) + shift, **recipe["arguments"])
+    model = again(fit.model, screen, assumptions, seed=recipe.get("seed", 0) + shift)
     return refit(model, screen, seed=fit.seed + shift, progress=progress, **training)
 
 
