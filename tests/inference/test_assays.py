@@ -218,7 +218,7 @@ def _finite(screen: pb.Screen) -> None:
     with pytest.warns(UserWarning, match="one batch"):
         model = pb.node(screen, 3, n_hidden=16, assumptions=[pb.UneditedStable()])
     with pytest.warns(UserWarning, match="one condition"):
-        fit = pb.fit(model, screen, epochs=6, progress=False)
+        fit = pb.fit(model, screen, epochs=12, progress=False)
     assert np.isfinite(fit.losses["train"]).all()
     assert fit.losses["validation"][-1] < fit.losses["validation"][0]
     assert np.isfinite(pb.log_density(fit, screen[:50], 3, n_draws=2)).all()

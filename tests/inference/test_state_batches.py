@@ -13,7 +13,14 @@ BATCHES, GENES, LEVEL = 4, 12, np.log(20.0)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::perturbprob.ScreenWarning")
 def test_what_a_media_does_otherwise_in_each_batch_comes_back() -> None:
-    rng = np.random.default_rng(2)
+    """Five screens: one has 48 effects, and intervals that are somewhat narrow."""
+    inside = [_inside(seed) for seed in range(2, 7)]
+    assert (np.mean(inside, 0) > 0.75).all()
+
+
+def _inside(seed: int) -> list[float]:
+    """Return the shares of effects by media, and of the others, that lie in their intervals."""
+    rng, inside = np.random.default_rng(seed), []
     share = np.full(GENES, 1 / GENES)
     zero_sum = lambda x: (x := x - x.mean(0)) - (x @ share)[:, None]  # noqa: E731
     eta, alpha = zero_sum(rng.normal(0, 0.3, (BATCHES, GENES))), zero_sum(rng.normal(0, 0.4, (BATCHES, GENES)))
@@ -31,4 +38,5 @@ def test_what_a_media_does_otherwise_in_each_batch_comes_back() -> None:
         found = draws[name].squeeze("media") if name == "batch_media_effect" else draws[name]
         low, high = found.quantile([0.05, 0.95], "draw").values
         assert np.corrcoef(found.mean("draw").values.ravel(), truth.ravel())[0, 1] > 0.95
-        assert ((low <= truth) & (truth <= high)).mean() > 0.75
+        inside.append(((low <= truth) & (truth <= high)).mean())
+    return inside

@@ -24,8 +24,7 @@ STRUCTURES: dict[str, Make] = {
     "identity": partial(pb.vae, n_latent=2, shift="identity"),
     "neural_sde": partial(pb.neural_sde, n_latent=2, n_steps=3),
     "causal_context": partial(pb.causal_context, n_latent=2),
-    "escaping": partial(pb.node, n_latent=2, penetrance="sgrna"),
-    "escaping_network": partial(pb.causal_context, n_latent=2, penetrance=True),
+    "escaping": partial(pb.node, n_latent=2, penetrance=True),
 }
 STILL = {"identity"}  # its latent state does not move, so effects on it are not learnt
 

@@ -1,5 +1,7 @@
 """Sensitivity: refits without each assumption, and says what moved."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,22 @@ def test_networks_start_from_the_seed_of_the_model_and_training_losses_are_not_c
     assert float(found.table["noise"].mean()) > 0.01
     assert np.isnan(found.table["validation"]).all()
     assert "no cell was held out" in found.report()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(pb.vae, shift="network"),
+        pb.causal_context,
+        partial(pb.node, penetrance=True, batch_effect="state"),
+    ],
+)
+def test_a_refit_has_the_structure_of_the_fit(screen: pb.Screen, make: Callable[..., pb.CellModel]) -> None:
+    """Without an assumption that weighs nothing it is the same fit."""
+    model = make(screen, n_latent=2, assumptions=[pb.Lipschitz(weight=1e-30)], seed=7)
+    found = pb.sensitivity(pb.fit(model, screen, epochs=2, progress=False), n_draws=3, progress=False)
+    assert float(found.table["change"].max()) < 1e-3
+    assert float(found.table["noise"].mean()) > 0
 
 
 @pytest.mark.usefixtures("unchecked")

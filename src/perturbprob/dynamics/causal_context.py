@@ -82,7 +82,7 @@ class CausalContext(Transition):
     def settled(self, state: CellState, effects: Effects, *, tolerance: float = 1e-5, max_steps: int = 500) -> CellState:
         """Return the state after waiting for good, δ = W (f − f₀) + context, from where the cells are.
 
-        Damped fixed-point steps lead there, and where strong feedback makes them swing, Newton steps. The derivative of the answer, where
+        Damped fixed-point steps lead there, and where strong feedback makes them swing, implicit steps. The derivative of the answer, where
         one is asked for, is that of the solution (implicit function theorem), whatever the way to it. Raises a ValueError where a cell
         does not come to rest: no such point is found, or the cells would move away from it.
         """
@@ -95,21 +95,22 @@ class CausalContext(Transition):
                     break
                 delta = delta + 0.5 * step
             else:
-                delta = self._newton(drawn, state, effects, delta, tolerance)
+                delta = self._implicit(drawn, state, effects, delta, tolerance)
         if not torch.is_grad_enabled():
             return replace(state, delta=delta)
         flat = delta.detach()
         return replace(state, delta=flat + self._towards(drawn(flat) - flat, state, effects, flat))
 
-    def _newton(
+    def _implicit(
         self, drawn: Callable[[Tensor], Tensor], state: CellState, effects: NetworkEffects, delta: Tensor, tolerance: float
     ) -> Tensor:
-        """Find the point of rest by Newton's steps, and see that cells near it come back."""
-        for _ in range(50):
+        """Find the point of rest by implicit steps in time, ever longer, and see that cells near it come back."""
+        for k in range(200):
             step = drawn(delta) - delta
             if step.abs().amax() <= tolerance:
                 break
-            delta = delta + self._towards(step, state, effects, delta)
+            step = self._towards(step, state, effects, delta, held=2.0 * 0.9**k)
+            delta = delta + step / step.abs().amax(-1, keepdim=True).clamp(min=1.0)  # no gene by more than 1
         else:
             raise ValueError(
                 f"No point of rest was found (the state still moves by {float(step.abs().amax()):.2g}). Ask for a finite wait."
@@ -126,10 +127,10 @@ class CausalContext(Transition):
         product = self.product(state.z0 + delta)
         return effects.weights.unsqueeze(-3) * (self.kept(state, effects) * product * (1 - product / 2)).unsqueeze(-2)
 
-    def _towards(self, step: Tensor, state: CellState, effects: NetworkEffects, delta: Tensor) -> Tensor:
-        """Return Newton's step, (I − J)⁻¹ of the plain one, J taken as it is."""
+    def _towards(self, step: Tensor, state: CellState, effects: NetworkEffects, delta: Tensor, held: float = 0.0) -> Tensor:
+        """Return Newton's step, (I − J)⁻¹ of the plain one, J taken as it is; ((1 + ``held``) I − J)⁻¹, held back."""
         slope = self._slope(state, effects, delta).detach()
-        system = torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device) - slope
+        system = (1 + held) * torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device) - slope
         return torch.linalg.solve(system, step.unsqueeze(-1)).squeeze(-1)
 
 

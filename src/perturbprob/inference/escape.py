@@ -103,7 +103,7 @@ def population(fit: "Fit", protocol: Protocol, edited: bool | None = None) -> li
         if behind and "sgrna_penetrance" in sites:
             own, n = sites["sgrna_penetrance"][list(behind)], torch.tensor(list(behind.values())).to(pi)
             pi = ((own * n).sum() / n.sum())[None]
-        return math.prod(float(p if there else 1 - p) for p, there in zip(pi, hit, strict=True))
+        return math.prod((float(p if there else 1 - p) for p, there in zip(pi, hit, strict=True)), start=1.0)
 
     return [Part(way, partial(share, hit=hit)) for way, hit in several]
 

@@ -118,8 +118,9 @@ class CellTable:
                 f"The model counts time in {names.time_unit!r} and the screen in {screen.time_unit!r}. Convert the time column first."
             )
         self.model, self.screen, self.assays = model, screen, _assays(model, screen)
+        own = protocols is None
         protocols = [names.protocol(p) for p in (screen.conditions if protocols is None else protocols)]
-        self.first, self.hit, self.edits, self.protocols = _ways(model, screen, protocols)
+        self.first, self.hit, self.edits, self.protocols = _ways(model, screen, protocols, own=own)
         parts = [model.condition_effect.parts(p, names.time_scale) for p in self.protocols]
         self.extra = model.condition_effect.unknown(parts)
         self.rows = model.condition_effect.rows(parts, self.extra)
@@ -194,11 +195,12 @@ class CellTable:
 
 
 def _ways(
-    model: "CellModel", screen: Screen, protocols: list[Protocol]
+    model: "CellModel", screen: Screen, protocols: list[Protocol], *, own: bool
 ) -> tuple[Int[Tensor, " condition"], Float[Tensor, "way edit"], Int[Tensor, "cell edit"] | None, list[Protocol]]:
     """Return the first way of each condition, the hits of each way, the edits of each cell by the number of their π, and all ways.
 
-    Without penetrance there is one way, the protocol itself. An sgRNA that the model has not seen has the π of its perturbation.
+    Without penetrance there is one way, the protocol itself. An sgRNA that the model has not seen has the π of its perturbation, and so
+    has a perturbation that stands in for the ``own`` one of the cell.
     """
     if model.penetrance is None:
         return torch.arange(len(protocols)), torch.zeros(len(protocols), 0), None, protocols
@@ -206,22 +208,21 @@ def _ways(
     first = torch.tensor([0, *map(len, several)]).cumsum(0)[:-1]
     hit = padded([list(map(int, hits)) for ways_ in several for _, hits in ways_], 0).float()
     n_sgrnas = len(model.sgrnas)
-    number = {p: n_sgrnas + k for k, p in enumerate(names.perturbations)}
-    edits = padded([[number[p] for p in protocol.perturbations] for protocol in protocols], model.penetrance.n)[
+    of = {p: n_sgrnas + k for k, p in enumerate(names.perturbations)}
+    edits = padded([[of[p] for p in protocol.perturbations] for protocol in protocols], model.penetrance.n)[
         torch.as_tensor(screen.condition)
     ]
     if n_sgrnas and screen.sgrna is not None:
         known = {name: k for k, name in enumerate(model.sgrnas)}
-        own = torch.tensor([known.get(str(name), -1) for name in screen.sgrna])[:, None]
-        told = (own >= 0) & (edits < model.penetrance.n)
-        wrong = told & (model.penetrance.behind.cpu()[own.clamp(min=0)] + n_sgrnas != edits)
-        if wrong.any():
+        number = torch.tensor([known.get(str(name), -1) for name in screen.sgrna])[:, None]
+        told, behind = (number >= 0) & (edits < model.penetrance.n), model.penetrance.behind.cpu()[number.clamp(min=0)] + n_sgrnas
+        if own and (wrong := told & (behind != edits)).any():
             cell = int(wrong.any(1).nonzero()[0])
             raise ValueError(
                 f"Cell {screen.cells[cell]!r} has the sgRNA {str(screen.sgrna[cell])!r}, which the model knows of another perturbation "
                 f"than those of {screen.conditions[screen.condition[cell]]}. Check the column of sgRNAs."
             )
-        edits = torch.where(told, own, edits)
+        edits = torch.where(told & (behind == edits), number, edits)
     return first, hit, edits, [p for ways_ in several for p, _ in ways_]
 
 
