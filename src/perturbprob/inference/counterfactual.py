@@ -56,7 +56,8 @@ def counterfactual(
     route alone tells rows apart: the other one starts all from the same known z₀. Of counts z(t) is what q(z₀ | x) leads to. Where the
     flow contracts, running backward is ill-conditioned, though back and forth again looks perfect; so the Dataset also holds, per
     cell, the ``condition_number`` of ∂z(t)/∂z₀ and ``round_trip``, the error of z₀ after forward and backward, and cells beyond
-    ``condition_bound`` are refused with `IllConditioned`. Where no cell is, the two routes agree.
+    ``condition_bound`` are refused with `IllConditioned`. Where no cell is, the two routes agree. Of a fit with ``penetrance`` a cell
+    was hit or not as p(h | x) says, draw by draw, and under the other protocol it is hit.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen

@@ -48,6 +48,8 @@ def effects(
     - ``hit``: that share is at most ``false_discoveries``, its own probability above 0.5, and some of its cells are in a batch
       with control cells.
 
+    Of a fit with ``penetrance`` the changes are those of cells that were hit.
+
     The factor is Wakefield's (Genet. Epidemiol. 33:79, 2009) from the posterior mean m and covariance C of a gene's fold changes over
     the T media and times of the perturbation. A perturbation that does something changes each gene with probability w = 0.05,
     by effects ~ Normal(0, κ C), κ = 1, 4 or 16 alike:

@@ -106,7 +106,8 @@ def decompose_batches(
 
     the variance of a count on the log1p scale under its law at the median depth of the screen. A share is a variance over the sum of
     all of them. The grid weighs levels evenly, so shares do not depend on how many cells each has; depth is the same everywhere. Of
-    continuous values f is the expected value, and noise the one learnt beside the known standard errors.
+    continuous values f is the expected value, and noise the one learnt beside the known standard errors. Of a fit with ``penetrance``
+    cells of a perturbation are those that were hit.
 
     Main arguments: ``interactions`` names the interactions to keep apart, each a pair (or more) of factors such as ``("media", "batch")``
     or ``"media:batch"`` (default: batch with media and with perturbation); one with a factor of a single level adds nothing, and all
