@@ -43,8 +43,8 @@ def lipschitz_constant(
 
     Returns a Dataset over (of, condition) with ``constant``, the mean over ``n_draws`` draws of all global sites and z₀, and ``lower``
     and ``upper``, the central interval of probability ``level`` over draws. "gradient" takes as many products as the square of the
-    latent dimensions: in gene space ask for "map" alone. Of a fit with ``penetrance`` edited cells are taken to be hit. Raises ValueError for other words and for numbers out of range, and for a
-    screen that the model does not know.
+    latent dimensions: in gene space ask for "map" alone. Of a fit with ``penetrance`` edited cells are taken to be hit. Raises ValueError
+    for other words and for numbers out of range, and for a screen that the model does not know.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
