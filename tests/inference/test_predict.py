@@ -1,5 +1,6 @@
 """Predictions: labelled, on the scale they say, with intervals that widen where they should."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -162,3 +163,14 @@ def test_a_protocol_that_waits_for_no_time_is_pointed_out(fit: pb.Fit, screen: p
     gene = screen.perturbations[0]
     with pytest.warns(UserWarning, match=r"waits for no time, so nothing has happened yet"):
         pb.predict(fit, pb.Knockout(gene), n_draws=2, batch="average", progress=False)
+
+
+def test_shares_and_counts_leave_out_the_same_zeros(fit: pb.Fit, screen: pb.Screen) -> None:
+    """A gene with a gate of 0.3 has 0.7 of its counts, and of its share."""
+    zeros = copy.deepcopy(fit)
+    zeros.guide.gate_loc[0] = np.log(0.3 / 0.7)
+    rate, counts = (pb.predict(zeros, screen.conditions[0], n_draws=20, scale=s, progress=False)["mean"] for s in ("rate", "counts"))
+    np.testing.assert_allclose(counts / rate, float((counts / rate).mean()), rtol=0.05)
+    before = pb.predict(fit, screen.conditions[0], n_draws=20, progress=False)["mean"]
+    assert float((rate / before)[0, 0]) < 0.8
+    np.testing.assert_allclose(rate.sum("gene"), 1, rtol=1e-4)

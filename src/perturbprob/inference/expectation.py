@@ -102,14 +102,18 @@ class Expectation:
         log_rate = self.log_rates(sites, part)
         depth = self.log_depth[part].T[..., None]
         law = self.model.law(sites, log_rate + depth)
-        own = {"rate": log_rate.exp, "log1p": lambda: interpolated_log1p(law)}.get(scale, lambda: law.mean)
-        mean = own().mean(0)
+        unit = depth.exp() * _seen_share(law) if scale == "rate" else torch.ones(())
+        value = interpolated_log1p(law) if scale == "log1p" else law.mean / unit
+        mean = value.mean(0)
         if n_cells is None:
             return mean
-        variance = law.sample().log1p().var(0) if scale == "log1p" else law.variance.mean(0) + law.mean.var(0)
-        if scale == "rate":
-            variance = (law.variance / (2 * depth).exp()).mean(0) + log_rate.exp().var(0)
+        variance = law.sample().log1p().var(0) if scale == "log1p" else (law.variance / unit.square()).mean(0) + value.var(0)
         return mean + torch.randn_like(mean) * (variance / n_cells.to(mean)).sqrt()
+
+
+def _seen_share(law: CountLaw | ExactLaw) -> Float[Tensor, "rest part 1"]:
+    """Return the share of all counts that extra zeros leave, so that shares of genes add up to what they do without."""
+    return law.mean.sum(-1, keepdim=True) / law.log_rate.exp().sum(-1, keepdim=True)
 
 
 def ended(

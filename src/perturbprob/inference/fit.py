@@ -279,18 +279,9 @@ class _Training:
             torch.manual_seed(self.seed)
             if self.settings["objective"] != "elbo":
                 return float(self.elbo.between_cells(self.table.cells(self.held, len(self.held))))
-            total = 0.0
-            for index in self.held.split(self.settings["minibatch"]):
-                if isinstance(self.elbo, EscapeLoss):
-                    total -= float(self.elbo.between_cells(self.table.unfolded(index, len(index))))
-                    continue
-                guide = pyro.poutine.trace(self.guide).get_trace(cells := self.table.cells(index, len(index)))
-                model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
-                cell = ("z", "counts", *(f"{name}_counts" for name in self.model.assays))
-                model.compute_log_prob(lambda name, _, cell=cell: name in cell)
-                guide.compute_log_prob(lambda name, _: name == "z")
-                total += sum(float(model.nodes[n]["log_prob_sum"]) for n in cell) - float(guide.nodes["z"]["log_prob_sum"])
-        return -total / (len(self.held) * self.screen.n_genes)
+            loss, held = EscapeLoss(self.model, self.guide), self.held.split(self.settings["minibatch"])
+            total = sum(float(loss.between_cells(self.table.unfolded(index, len(index)))) for index in held)
+        return total / (len(self.held) * self.screen.n_genes)
 
     @torch.no_grad()
     def _blame(self, cells: Cells, index: Tensor) -> str:

@@ -28,7 +28,7 @@ TRAINED = DISTANCES | {"sinkhorn": partial(sinkhorn, tolerance=1e-3)}
 
 @final
 class EscapeLoss(nn.Module):
-    """−ELBO where edited cells may have escaped: of each cell, log Σ_h p(h | π) p(x | z_h, h) p(z_h) / q(z_h | x, h), z_h ~ q(z | x, h).
+    """−ELBO, also where edited cells may have escaped: log Σ_h p(h | π) p(x | z_h, h) p(z_h) / q(z_h | x, h), z_h ~ q(z | x, h).
 
     Each term has the expectation p(x, h), so it bounds log p(x) from below, and closer than a law q(h | x) of its own would: that law is
     the terms, scaled to a sum of 1.
