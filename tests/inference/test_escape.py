@@ -77,7 +77,7 @@ def test_it_finds_how_many_were_hit_and_which(fitted: tuple[pb.Fit, pb.Screen, n
 def test_it_stays_unsure_where_hit_cells_look_like_others(simulation: Simulation) -> None:
     """Every edited cell has the counts of a control: nothing tells π, and no cell is told from another."""
     screen, _ = with_escapers(simulation, 1.0)
-    fit = pb.fit(pb.node(screen, 3, penetrance=True), screen, epochs=30, minibatch=16, learning_rate=1e-2, progress=False)
+    fit = pb.fit(pb.node(screen, 3, penetrance=True), screen, epochs=15, minibatch=16, learning_rate=1e-2, progress=False)
     share = pb.posterior(fit, 400).posterior["penetrance"].isel(chain=0)
     known = np.sqrt(0.25 / screen.cells_of(screen.perturbations[0]).sum())  # the width, were hits seen
     assert (share.std("draw") > 2 * known).all()
@@ -112,8 +112,8 @@ def test_the_density_is_that_of_the_mixture(fitted: tuple[pb.Fit, pb.Screen, np.
     place = [fit.model.sgrnas.index(name) for name in cells.sgrna]
     share = sites["sgrna_penetrance"][place].numpy()
     with torch.no_grad():
-        hit, escaped = (importance(fit.model, fit.guide, sites, t.cells(index), 2000) for t in (table, other))
-        both = importance(fit.model, fit.guide, sites, (rows := table.unfolded(index)), 2000, seed=(1,))
+        hit, escaped = (importance(fit.model, fit.guide, sites, t.cells(index), 1000) for t in (table, other))
+        both = importance(fit.model, fit.guide, sites, (rows := table.unfolded(index)), 1000, seed=(1,))
     from perturbprob.model.penetrance import fold
 
     expected = np.logaddexp(np.log(share) + hit.numpy(), np.log1p(-share) + escaped.numpy())

@@ -23,6 +23,7 @@ def strongest(simulation: Simulation) -> str:
     return str(size.groupby(level=0).max().drop("control").idxmax())
 
 
+@pytest.mark.slow
 def test_the_first_is_what_the_target_cells_had(fit: pb.Fit, screen: pb.Screen, strongest: str) -> None:
     ranked = pb.rank_perturbations(fit, cells_of(screen, strongest, 2.0), n_draws=20)
     assert ranked["perturbation"].values[0] == strongest

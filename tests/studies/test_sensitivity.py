@@ -9,6 +9,8 @@ import pytest
 
 import perturbprob as pb
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def screen() -> pb.Screen:
@@ -65,7 +67,7 @@ def test_networks_start_from_the_seed_of_the_model_and_training_losses_are_not_c
 def test_a_refit_has_the_structure_of_the_fit(screen: pb.Screen, make: Callable[..., pb.CellModel]) -> None:
     """Without an assumption that weighs nothing it is the same fit."""
     model = make(screen, n_latent=2, assumptions=[pb.Lipschitz(weight=1e-30)], seed=7)
-    found = pb.sensitivity(pb.fit(model, screen, epochs=2, progress=False), n_draws=3, progress=False)
+    found = pb.sensitivity(pb.fit(model, screen, epochs=1, progress=False), n_draws=3, progress=False)
     assert float(found.table["change"].max()) < 1e-3
     assert float(found.table["noise"].mean()) > 0
 
