@@ -196,3 +196,12 @@ def test_a_fit_without_penetrance_is_told_so(simulation: Simulation) -> None:
         pb.hit_probability(fit, simulation.screen)
     with pytest.raises(ValueError, match="edited= tells hit cells from escaped ones, and this fit takes all to be hit"):
         pb.predict(fit, edited=True)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_cells_are_a_screen(simulation: Simulation) -> None:
+    fit = pb.fit(pb.node(simulation.screen, 2), simulation.screen, epochs=1, progress=False)
+    with pytest.raises(TypeError, match="Screen"):
+        pb.hit_probability(fit, "cells")
+    with pytest.raises(TypeError, match="Screen"):
+        pb.rank_perturbations(fit, {simulation.screen.genes[0]: 1.0}, start=5)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.density import importance
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
@@ -51,6 +52,7 @@ def hit_probability(
     Frozen({'cell': 200, 'perturbation': 2})
     """
     require_fit(fit)
+    require_screen(screen)
     check_draws(n_draws)
     check_draws(particles, "particles")
     check_draws(minibatch, "minibatch")

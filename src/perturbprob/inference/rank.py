@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Action, Protocol, Wait
-from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_far, say_untested
 from perturbprob.inference.do import asked_of, timed
@@ -101,6 +101,7 @@ def _check_start(fit: "Fit", start: "Screen | None") -> None:
     """Refuse cells to begin with where none can be taken further."""
     if start is None:
         return
+    require_screen(start)
     if fit.model.start is not None:
         raise ValueError("Rows of continuous values all begin at one known state, so start= would be ignored: leave it out.")
     if fit.model.transition.noise_shape:
