@@ -60,6 +60,17 @@ def test_the_error_is_that_of_the_means_of_log_counts_cells_in_their_own_batch(f
     assert table.loc["trained", "error"] == pytest.approx(np.mean(error), rel=0.02)
 
 
+def test_changes_are_from_control_cells_that_were_observed(fits: dict[str, pb.Fit], split: pb.split.Split) -> None:
+    """Control comes from the test screen, or else from the one trained on; without any there is no direction."""
+    whole = pb.compare(fits, split.test, **SHORT)
+    assert whole["direction"].between(-1, 1).all()
+    assert whole["discrimination"].between(0, 1).all()
+    assert whole.loc["trained", "direction"] > 0.3
+    edited = split.test[np.concatenate([split.test.cells_of(p) for p in split.test.perturbations])]
+    assert pb.compare(fits, edited, **SHORT)["direction"].notna().all()
+    assert pb.compare({name: replace(fit, screen=None) for name, fit in fits.items()}, edited, **SHORT)["direction"].isna().all()
+
+
 def test_the_standard_error_is_that_of_drawing_conditions() -> None:
     """Against the bootstrap over conditions of a mean over cells."""
     rng = np.random.default_rng(0)
