@@ -1,4 +1,4 @@
-"""Let edited cells escape in simulated screens, and ask how often the 90 % interval of π holds the share that was hit.
+"""Let edited cells escape in simulated screens, and ask how often the 90 % interval of π holds the probability with which they were hit.
 
     python benchmarks/penetrance.py --screens 10
 
@@ -20,8 +20,8 @@ import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
 
 
-def with_escapers(simulation: Simulation, seed: int) -> tuple[pb.Screen, np.ndarray]:
-    """Return a screen in which each perturbation misses a share of its cells from 0.05 to 0.7, and which cells escaped."""
+def with_escapers(simulation: Simulation, seed: int) -> tuple[pb.Screen, np.ndarray, dict[str, float]]:
+    """Return a screen in which each perturbation misses cells with a probability from 0.05 to 0.7, which cells escaped, and each π."""
     chance, adata = np.random.default_rng(seed), simulation.adata.copy()
     obs = adata.obs.astype({"perturbation": str, "batch": str, "time": float})
     missed = {name: chance.uniform(0.05, 0.7) for name in sorted(set(obs["perturbation"]))} | {"control": 0.0}
@@ -31,7 +31,11 @@ def with_escapers(simulation: Simulation, seed: int) -> tuple[pb.Screen, np.ndar
     for cell in np.flatnonzero(escaped):
         source[cell] = place[chance.choice(control[obs["time"].iloc[cell], obs["batch"].iloc[cell]])]
     adata.X = adata.X[source]
-    return pb.Screen.from_anndata(adata, media="media", time="time", batch="batch"), escaped
+    return (
+        pb.Screen.from_anndata(adata, media="media", time="time", batch="batch"),
+        escaped,
+        {name: 1 - part for name, part in missed.items()},
+    )
 
 
 def distance(screen: pb.Screen, cells: np.ndarray, escaped: np.ndarray) -> float:
@@ -56,18 +60,20 @@ def main() -> None:
         simulation = pb.simulate(
             n_cells=options.cells, n_genes=options.genes, n_perturbations=4, n_batches=2, effect_scale=2.0, depth=500, seed=seed
         )
-        screen, escaped = with_escapers(simulation, seed)
+        screen, escaped, hits = with_escapers(simulation, seed)
         fit = pb.fit(pb.node(screen, 4, penetrance=True), screen, epochs=options.epochs, seed=seed, progress=False)
         share = pb.posterior(fit, 400).posterior["penetrance"].isel(chain=0)
         hit = pb.hit_probability(fit, screen, n_draws=5, progress=False)
+        false = pb.false_hits(fit, screen, n_draws=5, progress=False)["control"]
         for gene in share.perturbation.values:
             cells, own = screen.cells_of(gene), share.sel(perturbation=gene)
             low, high = np.quantile(own, [0.05, 0.95])
-            true, apart = 1 - escaped[cells].mean(), distance(screen, cells, escaped)
+            true, apart = hits[gene], distance(screen, cells, escaped)
             told = roc_auc_score(~escaped[cells], hit.sel(perturbation=gene)[cells])
             rows.append((apart, low <= true <= high, float(own.mean()) - true, float(own.std())))
             print(
-                f"{seed} {gene}: d' {apart:.2f}, true {true:.2f}, found {low:.2f}-{high:.2f}, area under the curve of hits {told:.2f}",
+                f"{seed} {gene}: d' {apart:.2f}, true {true:.2f}, found {low:.2f}-{high:.2f}, area under the curve of hits {told:.2f}, "
+                f"controls said to be hit {float(false.sel(perturbation=gene)):.2f}",
                 flush=True,
             )
     apart, inside, error, width = map(np.array, zip(*rows, strict=True))

@@ -71,6 +71,8 @@ def test_it_finds_how_many_were_hit_and_which(fitted: tuple[pb.Fit, pb.Screen, n
     best = roc_auc_score(~escaped[cells], cross_val_predict(told, values, ~escaped[cells], method="predict_proba")[:, 1])
     assert roc_auc_score(~escaped[cells], own) > best - 0.1
     assert np.isnan(hit[screen.cells_of("control")]).all()
+    false = pb.false_hits(fit, screen, n_draws=5, progress=False).sel(perturbation=gene)
+    assert false["edited"] > false["control"] + 0.3
 
 
 @pytest.mark.slow
@@ -83,6 +85,9 @@ def test_it_stays_unsure_where_hit_cells_look_like_others(simulation: Simulation
     assert (share.std("draw") > 2 * known).all()
     hit = pb.hit_probability(fit, screen, n_draws=5, progress=False)
     assert float(hit.std("cell").max()) < 0.15
+    false = pb.false_hits(fit, screen, n_draws=5, progress=False)
+    np.testing.assert_allclose(false["edited"], hit.mean("cell"))
+    np.testing.assert_allclose(false["control"], false["edited"], atol=0.05)  # as many as of cells that nothing was done to
 
 
 def test_a_prediction_mixes_hit_and_escaped_cells(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:
@@ -164,12 +169,12 @@ def test_an_sgrna_of_another_gene_is_refused(fitted: tuple[pb.Fit, pb.Screen, np
 
 
 def test_what_asks_of_conditions_takes_them_as_they_are_mixed(fitted: tuple[pb.Fit, pb.Screen, np.ndarray], simulation: Simulation) -> None:
-    """Depths are those of the condition, hit and escaped; what is seen of few cells has the chance of who is hit; states are mixed."""
+    """Depths are those of the condition, hit and escaped; one cell is hit or not; states are mixed."""
     fit, screen, _ = fitted
     ask = partial(pb.predict, fit, next(p for p in screen.conditions if p.perturbation == strong(simulation)), progress=False)
     counts = [float(ask(scale="counts", edited=e, n_draws=20)["mean"].sum()) for e in (None, True, False)]
     np.testing.assert_allclose(counts, counts[0], rtol=0.1)
-    mixed, hit = (ask(scale="log1p", interval="observed", n_cells=30, edited=e, n_draws=100) for e in (None, True))
+    mixed, hit = (ask(scale="log1p", interval="observed", n_cells=1, edited=e, n_draws=200) for e in (None, True))
     moved = int(np.argmax(np.abs((hit["mean"] - ask(scale="log1p", edited=False, n_draws=5)["mean"]).values)))
     width = [float((p["upper"] - p["lower"]).isel(gene=moved).item()) for p in (mixed, hit)]
     assert width[0] > width[1]

@@ -8,7 +8,7 @@ from perturbprob.inference.do import do
 from perturbprob.inference.draws import coherent_draws
 from perturbprob.inference.edges import edges
 from perturbprob.inference.effects import effects
-from perturbprob.inference.escape import hit_probability
+from perturbprob.inference.escape import false_hits, hit_probability
 from perturbprob.inference.fit import Fit, NonFiniteLoss, fit
 from perturbprob.inference.lipschitz import lipschitz_constant
 from perturbprob.inference.posterior import posterior, prior
@@ -30,6 +30,7 @@ __all__ = [
     "do",
     "edges",
     "effects",
+    "false_hits",
     "fit",
     "hit_probability",
     "lipschitz_constant",

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.action import Perturbation, Protocol
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.density import importance
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, warn_if_large
@@ -41,7 +41,7 @@ def hit_probability(
     """Return how probably each perturbation that was done to a cell has hit it, dims (cell, perturbation); NaN where it was not done.
 
     p(h | x) ∝ p(h | π) p(x | h), the rest state z₀ summed out by importance sampling with ``particles`` draws from q(z₀ | x, h), averaged
-    over ``n_draws`` draws of what cells share. Where cells that were hit look like others it is π itself.
+    over ``n_draws`` draws of what cells share. Where cells that were hit look like others it is π itself, and `false_hits` says so.
 
     Raises ValueError for a fit without ``penetrance``.
 
@@ -75,6 +75,52 @@ def hit_probability(
     perturbations = [p.gene for p in names.perturbations]
     perturbations = perturbations if len(set(perturbations)) == len(perturbations) else list(map(repr, names.perturbations))
     return xr.DataArray(value, {"cell": list(screen.cells), "perturbation": perturbations}, ("cell", "perturbation"), "hit_probability")
+
+
+def false_hits(
+    fit: "Fit", screen: "Screen", *, particles: int = PARTICLES, n_draws: int = 20, seed: int = 0, progress: bool = True
+) -> xr.Dataset:
+    """Return the mean probability of a hit of the cells of each perturbation, ``edited``, and of controls as if edited, ``control``.
+
+    Nothing hit the control cells. If as many of them would be said to be hit as of the edited cells, what the fit calls hits are a part of
+    the cells that is there without any editing, as in a perturbation that does nothing, and π is not to be believed. Controls are those of
+    the same media and time; dim (perturbation,), NaN where there are none.
+
+    Raises ValueError for a fit without ``penetrance``.
+
+    >>> import perturbprob as pb
+    >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
+    >>> fit = pb.fit(pb.node(screen, n_latent=2, penetrance=True), screen, epochs=2, progress=False)
+    >>> sorted(pb.false_hits(fit, screen, particles=4, n_draws=2, progress=False))
+    ['control', 'edited']
+    """
+    how: dict[str, Any] = {"particles": particles, "n_draws": n_draws, "seed": seed, "progress": progress}
+    edited = hit_probability(fit, screen, **how).mean("cell")
+    control, rng = edited.copy(data=np.full(edited.shape, np.nan)), np.random.default_rng(seed)
+    for place, p in enumerate(fit.model.vocabulary.perturbations):
+        if (as_if := _as_if_edited(screen, p, rng)) is not None:
+            control[place] = hit_probability(fit, as_if, **how)[:, place].mean()
+    return xr.Dataset({"edited": edited, "control": control})
+
+
+def _as_if_edited(screen: "Screen", perturbation: Perturbation, rng: np.random.Generator) -> "Screen | None":
+    """Return control cells under the conditions of a single perturbation, at most as many as its own; None where there are none."""
+    pairs = []
+    for k, protocol in enumerate(screen.conditions):
+        beside = screen.conditions.index(protocol.unperturbed()) if protocol.unperturbed() in screen.conditions else -1
+        own, free = (np.flatnonzero(screen.condition == c) for c in (k, beside))
+        if protocol.perturbations == (perturbation,) and len(free):
+            pairs.append((k, own, rng.permutation(free)[: len(own)]))
+    if not pairs:
+        return None
+    kept, _, cells = zip(*pairs, strict=True)
+    sgrna = None if screen.sgrna is None else np.concatenate([screen.sgrna[own[: len(free)]] for _, own, free in pairs])
+    return replace(
+        screen[np.concatenate(cells)],
+        conditions=tuple(screen.conditions[k] for k in kept),
+        condition=np.repeat(np.arange(len(kept)), [len(part) for part in cells]),
+        sgrna=sgrna,
+    )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+SWIFT = 10.0
+"""How much faster than other parameters π moves: it is one number that many cells tell, and starts when their effects are learnt."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Fit:
@@ -226,7 +230,7 @@ class _Training:
     def run(self, progress: bool) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
         self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
-        optimiser = torch.optim.Adam(self.elbo.parameters(), lr=self.settings["learning_rate"], fused=True)
+        optimiser = torch.optim.Adam(self._groups(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
         epochs = bar(range(self.settings["epochs"]), "fit", "epoch", progress=progress)
         with pyro.validation_enabled(False), warnings.catch_warnings():
@@ -241,10 +245,17 @@ class _Training:
         self.elbo.load_state_dict(self.best)
         return self._fit()
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return all parameters, those of π with a learning rate of their own."""
+        swift = {f"guide.{name}" for name in self.guide.held if "penetrance" in name}
+        parts = [[p for name, p in self.elbo.named_parameters() if (name in swift) == own] for own in (False, True)]
+        rates = (1.0, SWIFT)
+        return [{"params": part, "lr": k * self.settings["learning_rate"]} for part, k in zip(parts, rates, strict=True) if part]
+
     def _epoch(self, optimiser: torch.optim.Optimizer) -> float:
         """Take one pass over the training cells; return the mean loss per cell and gene."""
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
-        self.guide.hold_dispersion(held=self._warmth() < 1)
+        self.guide.hold(held=self._warmth() < 1)
         for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
             cells = self.table.unfolded(index, len(self.training), self._warmth())
             loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)

@@ -112,10 +112,12 @@ class Guide(PyroModule):
         self.independent = [name for name in sites if name not in (*self.blocked, CONDITIONS)]
         self.support = {name: sites[name]["fn"].support for name in self.independent}
         for name in self.independent:
-            gate = name.endswith("gate_logit")  # somewhat closed: a gate that starts open leaves it to its slab to close the way
-            start = self.transform(name).inv(_middle(sites[name])) if not gate else torch.full_like(sites[name]["value"], -1.0)
-            setattr(self, f"{name}_loc", nn.Parameter(start.clone()))
-            width = -1.0 if gate or name.endswith("penetrance") else -2.3  # nothing is known of these before cells are told apart
+            start, width = self.transform(name).inv(_middle(sites[name])).clone(), -2.3
+            if name.endswith("gate_logit"):  # somewhat closed: a gate that starts open leaves it to its slab to close the way
+                start, width = torch.full_like(start, -1.0), -1.0
+            elif name.endswith("penetrance"):  # the mean and the standard deviation of logit π under Beta(2, 1)
+                start, width = torch.ones_like(start), 0.41
+            setattr(self, f"{name}_loc", nn.Parameter(start))
             setattr(self, f"{name}_log_scale", nn.Parameter(torch.full_like(start, width)))
         if self.blocked:
             self._start_block(model)
@@ -177,15 +179,20 @@ class Guide(PyroModule):
         prior = torch.cat([torch.ones(1), *(torch.full((n,), scale[name] ** -2) for name, n in kinds.items())])
         self.block_log_scale.copy_(-0.5 * (design.square().T @ information + prior[:, None]).T.log())
 
-    def hold_dispersion(self, *, held: bool) -> None:
-        """Keep the dispersion where `start` put it, or let it go.
+    @property
+    def held(self) -> list[str]:
+        """Return the names of the parameters that `hold` keeps."""
+        return [name for name, _ in self.named_parameters() if name.startswith("dispersion_l") or "penetrance" in name]
+
+    def hold(self, *, held: bool) -> None:
+        """Keep the dispersion where `start` put it and π at its prior, or let both go.
 
         There all variance beyond Poisson is the genes' own, so a latent dimension is of use only for what genes share. Were it free
-        while the KL term has little weight, a spare dimension would take the noise of one gene and keep it.
+        while the KL term has little weight, a spare dimension would take the noise of one gene and keep it. And as long as effects are
+        not learnt a cell that was hit is less probable than one that escaped, which would close π before it can be told.
         """
-        if "dispersion" in self.support:
-            self.dispersion_loc.requires_grad_(not held)
-            self.dispersion_log_scale.requires_grad_(not held)
+        for name in self.held:
+            self.get_parameter(name).requires_grad_(not held)
 
     @torch.no_grad()
     def sharpen(self) -> None:
