@@ -1,5 +1,6 @@
 """What every test shares: shapes and types checked at run time, and the study data."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,25 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
         return (yield)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _later_epochs_unchecked() -> Iterator[None]:
+    """Check annotations in the first two epochs of a training alone: later ones call the same functions."""
+    training = importlib.import_module("perturbprob.inference.fit")._Training
+    epoch = training._epoch
+
+    def shortened(self: object, *args: object) -> object:
+        before = jaxtyping.config.jaxtyping_disable
+        jaxtyping.config.update("jaxtyping_disable", before or len(self.losses["train"]) > 1)
+        try:
+            return epoch(self, *args)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_epoch", shortened)
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ def found() -> ProofOfPrinciple:
     return proof_of_principle(pb.datasets.ishikawa2023(), **SHORT)
 
 
+@pytest.mark.slow
 def test_every_arm_learns_and_is_compared_with_all_baselines(found: ProofOfPrinciple) -> None:
     assert dict(found.curve.sizes) == {"start": 2, "loss": 8, "step": 21, "seed": 3}
     learnt = found.curve.isel(step=-1) < found.curve.isel(step=0)
