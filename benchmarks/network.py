@@ -100,12 +100,12 @@ def score(seed: int, *, cells: int, genes: int, epochs: int, draws: int, trials:
 def main() -> None:
     """Run over screens; print areas, and how often edges of a probability are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("screens", 1), ("cells", 200), ("genes", 20), ("epochs", 100), ("draws", 200), ("renge", 0)):
+    for name, value in (("screens", 1), ("first", 0), ("cells", 200), ("genes", 20), ("epochs", 100), ("draws", 200), ("renge", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     probability, there = np.array([]), np.array([], dtype=bool)
-    for seed in range(options.screens):
+    for seed in range(options.first, options.first + options.screens):
         settings = {name: getattr(options, name) for name in ("cells", "genes", "epochs", "draws")}
         row = score(seed, **settings, trials=options.renge)
         probability, there = np.append(probability, row.pop("probability")), np.append(there, row.pop("there"))
