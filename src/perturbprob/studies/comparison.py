@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from perturbprob.experiment.moments import membership
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import require_fit
-from perturbprob.inference.predict import predict
-from perturbprob.studies.metrics import direction, discrimination, mean_square_error
+from perturbprob.studies.held_out_means import Means
 from perturbprob.studies.predictive_check import predictive_check
 
 if TYPE_CHECKING:
@@ -37,10 +35,12 @@ def compare(
       so conditions are what is drawn at random where there are at least two: the error is that of a ratio of sums over conditions.
     - ``conditions_better``: the share of conditions whose cells it gives more density than the best does.
     - ``error``: mean square over conditions and genes of predicted minus observed mean of log(1 + count), cells in their own batch;
-      NaN for continuous values.
+      NaN for continuous values, as are the next two.
     - ``direction``: mean over perturbed conditions of the correlation over genes of predicted and observed change of that mean from control
-      cells of the same media and time, of the test screen, else of the training screen; ``discrimination``: mean over perturbed
-      conditions of the share of the others that the prediction is further from, 0.5 by chance (`perturbprob.studies.metrics`).
+      cells of the same media and time, in the same batches where there are any, of the test screen and the screens trained on. Each side
+      takes another half of these cells, so where nothing changes it is about 0. ``discrimination``: mean over perturbed conditions of the
+      share of the others of the same media and time that the prediction is further from, edited genes left out; 0.5 by chance.
+      Both are NaN where there is nothing to compare with (`perturbprob.studies.metrics`).
     - ``coverage``: the share of conditions and genes whose observed mean lies inside the central 90 % of screens replicated from rest.
     - ``parameters``: numbers trained, of model and guide; ``seconds``: how long that took.
 
@@ -59,6 +59,7 @@ def compare(
     """
     _check(fits, test)
     how: dict[str, Any] = {"n_draws": n_draws, "seed": seed, "progress": progress}
+    means = Means.of(test, [fit.screen for fit in fits.values() if fit.screen is not None])
     density = {name: _density(fit, test, particles, how) for name, fit in fits.items()}
     order = sorted(density, key=lambda name: (np.isnan(density[name]).all(), -density[name].mean()))
     rows = []
@@ -71,7 +72,7 @@ def compare(
                 "difference": behind.mean(),
                 "standard_error": _standard_error(behind, test.condition),
                 "conditions_better": float(np.heaviside(_sums(behind, test.condition), 0).mean()),
-                **_means(fit, test, how),
+                **means.score(fit, how),
                 "coverage": float(((check >= 0.05) & (check <= 0.95)).mean()),
                 "parameters": sum(p.numel() for module in (fit.model, fit.guide) for p in module.parameters()),
                 "seconds": fit.seconds,
@@ -124,41 +125,3 @@ def _standard_error(values: Float[np.ndarray, " cell"], condition: np.ndarray) -
     left = values - values.mean()
     parts = left if condition.max() == 0 else _sums(left, condition)
     return float(np.sqrt(np.square(parts).sum() * len(parts) / max(1, len(parts) - 1)) / len(values))
-
-
-def _means(fit: "Fit", test: "Screen", how: dict[str, Any]) -> dict[str, float]:
-    """Return how near the predicted means of log(1 + count) of conditions are to those observed, cells in their own batch."""
-    if test.values != "counts":
-        return dict.fromkeys(("error", "direction", "discrimination"), np.nan)
-    pairs, pair = np.unique(test.condition * len(test.batches) + test.batch, return_inverse=True)
-    condition, cells = pairs // len(test.batches), np.bincount(pair)
-    batches = [test.batches[b] for b in pairs % len(test.batches)]
-    found = predict(fit, [test.conditions[c] for c in condition], batch=batches, scale="log1p", **how)["mean"].values
-    predicted = membership(condition, len(test.conditions)) @ (cells[:, None] * found) / np.bincount(test.condition)[:, None]
-    observed, edited = _observed(test), np.array([bool(p.perturbations) for p in test.conditions])
-    places = {gene: k for k, gene in enumerate(test.genes)}
-    targets = [[places[p.gene] for p in c.perturbations if p.gene in places] for c in test.conditions if c.perturbations]
-    predicted_edited, observed_edited = predicted[edited], observed[edited]
-    return {
-        "error": float(mean_square_error(predicted, observed).mean()),
-        "direction": _mean(direction(predicted_edited, observed_edited, _control(fit, test)[edited])),
-        "discrimination": _mean(discrimination(predicted_edited, observed_edited, targets)),
-    }
-
-
-def _observed(screen: "Screen") -> Float[np.ndarray, "condition gene"]:
-    """Return the mean of log(1 + count) over the cells of each condition."""
-    total = (membership(screen.condition, len(screen.conditions)) @ screen.counts.log1p()).toarray()
-    return total / np.bincount(screen.condition)[:, None]
-
-
-def _control(fit: "Fit", test: "Screen") -> Float[np.ndarray, "condition gene"]:
-    """Return the observed mean of control cells beside each test condition; NaN where neither screen has them."""
-    known = {c: row for s in (fit.screen, test) if s is not None for c, row in zip(s.conditions, _observed(s), strict=True)}
-    nothing = np.full(test.n_genes, np.nan)
-    return np.stack([known.get(c.unperturbed(), nothing) for c in test.conditions])
-
-
-def _mean(values: Float[np.ndarray, " condition"]) -> float:
-    """Return the mean over conditions that have a value."""
-    return float(values[~np.isnan(values)].mean()) if np.isfinite(values).any() else np.nan

@@ -18,21 +18,20 @@ def mean_square_error(
 
 
 def direction(
-    predicted: Float[np.ndarray, "condition gene"],
-    observed: Float[np.ndarray, "condition gene"],
-    reference: Float[np.ndarray, "condition gene"],
+    predicted: Float[np.ndarray, "condition gene"], observed: Float[np.ndarray, "condition gene"]
 ) -> Float[np.ndarray, " condition"]:
-    """Return Pearson's correlation over genes of predicted and observed change from an observed reference, such as control.
+    """Return Pearson's correlation over genes of predicted and observed changes; NaN where one is, or does not differ between genes.
 
-    NaN where the reference is, or where either does not change.
+    Changes from one and the same measured reference share its noise, and are then alike even where nothing changed: take halves of the
+    reference cells.
 
-    >>> direction(np.array([[1.0, 2.0, 4.0]]), np.array([[2.0, 4.0, 8.0]]), np.zeros((1, 3))).round(6)
+    >>> direction(np.array([[1.0, 2.0, 4.0]]), np.array([[2.0, 4.0, 8.0]])).round(6)
     array([1.])
     """
-    a, b = (part - reference for part in (predicted, observed))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    size = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
-    return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)
+    a, b = (part - part.mean(1, keepdims=True) for part in (predicted, observed))
+    spread = [np.square(part).sum(1) for part in (a, b)]
+    told = [square > 1e-20 * (1 + np.square(part).sum(1)) for square, part in zip(spread, (predicted, observed), strict=True)]
+    return np.divide((a * b).sum(1), np.sqrt(spread[0] * spread[1]), out=np.full(len(a), np.nan), where=told[0] & told[1])
 
 
 def discrimination(
@@ -43,19 +42,21 @@ def discrimination(
     """Return the share of the other conditions whose observed mean is further from the prediction than the condition's own.
 
     1 where the prediction is nearest to what it predicts, 0.5 for a prediction that does not know which condition it is for; ties count
-    half, and one condition alone has none (NaN). Distances are sums over genes of absolute differences, without the genes that were
-    ``edited`` in the condition, whose numbers are given: the name of a target should not be enough.
+    half, and one condition alone has none (NaN). Distances are sums over genes of absolute differences. Two conditions are compared
+    without the genes ``edited`` in either, whose numbers are given: the name of a target is not enough. Give conditions of one media
+    and time, or knowing these will do.
 
     >>> observed = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
     >>> discrimination(observed + 0.1, observed)
     array([1., 1., 1.])
     """
     n = len(observed)
+    kept = np.ones(observed.shape, dtype=bool)
+    for row, genes in zip(kept, edited or [()] * n, strict=True):
+        row[list(genes)] = False
     found = np.full(n, np.nan)
     for k in range(n if n > 1 else 0):
-        apart = np.abs(predicted[k] - observed)
-        apart[:, list(edited[k]) if edited is not None else []] = 0
-        distance = apart.sum(1)
-        others = np.delete(distance, k)
-        found[k] = ((others > distance[k]) + 0.5 * (others == distance[k])).mean()
+        both = kept & kept[k]
+        gain = (both * (np.abs(predicted[k] - observed) - np.abs(predicted[k] - observed[k]))).sum(1)
+        found[k] = np.delete((gain > 0) + 0.5 * (gain == 0), k).mean()
     return found
