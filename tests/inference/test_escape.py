@@ -81,7 +81,7 @@ def test_it_stays_unsure_where_hit_cells_look_like_others(simulation: Simulation
     screen, _ = with_escapers(simulation, 1.0)
     fit = pb.fit(pb.node(screen, 3, penetrance=True), screen, epochs=15, minibatch=16, learning_rate=1e-2, progress=False)
     share = pb.posterior(fit, 400).posterior["penetrance"].isel(chain=0)
-    known = np.sqrt(0.25 / screen.cells_of(screen.perturbations[0]).sum())  # the width, were hits seen
+    known = np.sqrt(0.25 / len(screen.cells_of(screen.perturbations[0])))  # the width, were hits seen
     assert (share.std("draw") > 2 * known).all()
     hit = pb.hit_probability(fit, screen, n_draws=5, progress=False)
     assert float(hit.std("cell").max()) < 0.15
@@ -201,6 +201,22 @@ def test_a_fit_without_penetrance_is_told_so(simulation: Simulation) -> None:
         pb.hit_probability(fit, simulation.screen)
     with pytest.raises(ValueError, match="edited= tells hit cells from escaped ones, and this fit takes all to be hit"):
         pb.predict(fit, edited=True)
+    with pytest.raises(ValueError, match=r"takes every edited cell to be hit. Make its model with penetrance=True"):
+        pb.false_hits(fit, simulation.screen)
+
+
+def test_false_hits_want_control_cells_of_the_same_time_and_batch(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:
+    fit, screen, _ = fitted
+    first, second = screen.perturbations
+    edited = screen[np.concatenate([screen.cells_of(first), screen.cells_of(second)])]
+    assert all(part.isnull().all() for part in pb.false_hits(fit, edited, n_draws=1, particles=2, progress=False).values())
+    batch = screen.batches.index(screen.batches[0])
+    lone = screen[
+        np.concatenate([np.flatnonzero(screen.batch == batch), np.setdiff1d(screen.cells_of(first), np.flatnonzero(screen.batch == batch))])
+    ]
+    found = pb.false_hits(fit, lone, n_draws=1, particles=2, progress=False).sel(perturbation=first)
+    hit = pb.hit_probability(fit, lone, n_draws=1, particles=2, progress=False).sel(perturbation=first)
+    assert float(found["edited"]) == pytest.approx(float(hit[lone.batch == lone.batches.index(screen.batches[0])].mean()))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -78,6 +78,23 @@ def test_the_loss_bounds_the_density_from_above_and_has_a_gradient_for_every_pi(
     assert bound == pytest.approx(float(many), rel=0.1)
 
 
+def test_pi_starts_at_its_prior_is_held_there_and_then_moves_fast(screen: pb.Screen) -> None:
+    model = pb.node(screen, n_latent=1, penetrance=True)
+    guide = Guide(model, node_design(model, screen))
+    draws = torch.sigmoid(guide.penetrance_loc + guide.penetrance_log_scale.exp() * torch.randn(20_000, 2))
+    assert draws.mean().item() == pytest.approx(2 / 3, abs=0.02)  # Beta(2, 1)
+    assert draws.std().item() == pytest.approx(18**-0.5, abs=0.02)
+    guide.hold(held=True)
+    EscapeLoss(model, guide)(CellTable(model, screen).unfolded(torch.arange(screen.n_cells))).backward()
+    assert guide.penetrance_loc.grad is None
+    assert guide.perturbation_effect_loc.grad is not None
+    guide.hold(held=False)
+    assert all(p.requires_grad for p in guide.parameters())
+    fit = pb.fit(model, screen, epochs=2, warmup=1, validation=0.0, progress=False)
+    steps = 2 * fit.settings["steps_per_epoch"]
+    assert (fit.guide.penetrance_loc - 1).abs().max().item() > steps * fit.settings["learning_rate"]  # further than others can
+
+
 def test_rows_of_one_cell_are_drawn_with_one_noise() -> None:
     of, loc = torch.tensor([0, 0, 1]), torch.tensor([[0.0, 1.0], [5.0, 1.0], [0.0, 0.0]])
     law = TiedNormal(dist.Normal(loc, torch.tensor([[1.0, 2.0], [1.0, 4.0], [1.0, 1.0]])), of)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from perturbprob.experiment.action import Perturbation, Protocol
+from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.density import importance
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, warn_if_large
@@ -41,7 +41,7 @@ def hit_probability(
     """Return how probably each perturbation that was done to a cell has hit it, dims (cell, perturbation); NaN where it was not done.
 
     p(h | x) ∝ p(h | π) p(x | h), the rest state z₀ summed out by importance sampling with ``particles`` draws from q(z₀ | x, h), averaged
-    over ``n_draws`` draws of what cells share. Where cells that were hit look like others it is π itself, and `false_hits` says so.
+    over ``n_draws`` draws of what cells share. Where cells that were hit look like others it is π itself: ask `false_hits`.
 
     Raises ValueError for a fit without ``penetrance``.
 
@@ -78,13 +78,21 @@ def hit_probability(
 
 
 def false_hits(
-    fit: "Fit", screen: "Screen", *, particles: int = PARTICLES, n_draws: int = 20, seed: int = 0, progress: bool = True
+    fit: "Fit",
+    screen: "Screen",
+    *,
+    particles: int = PARTICLES,
+    n_draws: int = 20,
+    minibatch: int = 256,
+    seed: int = 0,
+    progress: bool = True,
 ) -> xr.Dataset:
     """Return the mean probability of a hit of the cells of each perturbation, ``edited``, and of controls as if edited, ``control``.
 
     Nothing hit the control cells. If as many of them would be said to be hit as of the edited cells, what the fit calls hits are a part of
-    the cells that is there without any editing, as in a perturbation that does nothing, and π is not to be believed. Controls are those of
-    the same media and time; dim (perturbation,), NaN where there are none.
+    the cells that is there without any editing, as in a perturbation that does nothing, and π is not to be believed. (Some are said to be
+    hit wherever hit and escaped cells overlap.) Taken are cells of single perturbations, and as many controls of the same media, time
+    and batch, or those there are, weighted as the edited cells are; dim (perturbation,), NaN where there are none.
 
     Raises ValueError for a fit without ``penetrance``.
 
@@ -94,33 +102,41 @@ def false_hits(
     >>> sorted(pb.false_hits(fit, screen, particles=4, n_draws=2, progress=False))
     ['control', 'edited']
     """
-    how: dict[str, Any] = {"particles": particles, "n_draws": n_draws, "seed": seed, "progress": progress}
-    edited = hit_probability(fit, screen, **how).mean("cell")
-    control, rng = edited.copy(data=np.full(edited.shape, np.nan)), np.random.default_rng(seed)
-    for place, p in enumerate(fit.model.vocabulary.perturbations):
-        if (as_if := _as_if_edited(screen, p, rng)) is not None:
-            control[place] = hit_probability(fit, as_if, **how)[:, place].mean()
-    return xr.Dataset({"edited": edited, "control": control})
-
-
-def _as_if_edited(screen: "Screen", perturbation: Perturbation, rng: np.random.Generator) -> "Screen | None":
-    """Return control cells under the conditions of a single perturbation, at most as many as its own; None where there are none."""
-    pairs = []
-    for k, protocol in enumerate(screen.conditions):
-        beside = screen.conditions.index(protocol.unperturbed()) if protocol.unperturbed() in screen.conditions else -1
-        own, free = (np.flatnonzero(screen.condition == c) for c in (k, beside))
-        if protocol.perturbations == (perturbation,) and len(free):
-            pairs.append((k, own, rng.permutation(free)[: len(own)]))
+    how: dict[str, Any] = {"particles": particles, "n_draws": n_draws, "minibatch": minibatch, "seed": seed, "progress": progress}
+    hit = hit_probability(fit, screen, **how)
+    empty = hit.isel(cell=0, drop=True).copy(data=np.full(hit.sizes["perturbation"], np.nan))
+    pairs = _stand_ins(screen, np.random.default_rng(seed))
     if not pairs:
-        return None
-    kept, _, cells = zip(*pairs, strict=True)
-    sgrna = None if screen.sgrna is None else np.concatenate([screen.sgrna[own[: len(free)]] for _, own, free in pairs])
-    return replace(
-        screen[np.concatenate(cells)],
-        conditions=tuple(screen.conditions[k] for k in kept),
-        condition=np.repeat(np.arange(len(kept)), [len(part) for part in cells]),
-        sgrna=sgrna,
+        return xr.Dataset({"edited": empty, "control": empty})
+    conditions, owns, frees = zip(*pairs, strict=True)
+    as_if = replace(
+        screen[np.concatenate(frees)],
+        conditions=screen.conditions,
+        condition=np.repeat(conditions, list(map(len, frees))),
+        sgrna=None if screen.sgrna is None else np.concatenate([screen.sgrna[own[: len(free)]] for _, own, free in pairs]),
     )
+    places = [fit.model.vocabulary.perturbations.index(screen.conditions[k].perturbations[0]) for k in conditions]
+    total, cells = np.zeros((2, len(empty))), np.zeros(len(empty))
+    parts = np.split(hit_probability(fit, as_if, **how).values, np.cumsum(list(map(len, frees)))[:-1])
+    for place, own, part in zip(places, owns, parts, strict=True):
+        total[:, place] += len(own) * np.array([hit.values[own, place].mean(), part[:, place].mean()])
+        cells[place] += len(own)
+    mean = np.divide(total, cells, out=np.full_like(total, np.nan), where=cells > 0)
+    return xr.Dataset({name: empty.copy(data=row) for name, row in zip(("edited", "control"), mean, strict=True)})
+
+
+def _stand_ins(screen: "Screen", rng: np.random.Generator) -> list[tuple[int, Int64[np.ndarray, " cell"], Int64[np.ndarray, " cell"]]]:
+    """Return the cells of each condition of one perturbation in each batch, and at most as many control cells beside, in random order."""
+    codes, found = {condition: k for k, condition in enumerate(screen.conditions)}, []
+    for k, condition in enumerate(screen.conditions):
+        beside = codes.get(condition.unperturbed())
+        if len(condition.perturbations) != 1 or beside is None:
+            continue
+        for batch in np.unique(screen.batch[screen.condition == k]):
+            own, free = (rng.permutation(np.flatnonzero((screen.condition == c) & (screen.batch == batch))) for c in (k, beside))
+            if len(free):
+                found.append((k, own, free[: len(own)]))
+    return found
 
 
 @dataclass(frozen=True)

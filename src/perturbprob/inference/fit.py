@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 SWIFT = 10.0
-"""How much faster than other parameters π moves: it is one number that many cells tell, and starts when their effects are learnt."""
+"""How much faster than other parameters π moves: it is one number that many cells tell, and is held at first."""
 
 
 @final
@@ -135,9 +135,9 @@ def fit(
     32 and at most 256; for "kds" at least 8 for each condition), Adam with a learning rate that falls
     linearly from ``learning_rate`` to a twentieth of it. A share ``validation`` of the cells is held out of the training; their
     ELBO decides which epoch is kept, and ``patience`` epochs without a better one end the training (0 held-out cells: the last epoch
-    is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1, and the dispersion of
-    counts stays where their moments put it. ``seed`` fixes the start of the guide,
-    the order of the cells and all draws; the user's own random state is left alone.
+    is kept). Over the first ``warmup`` epochs (at most half of all) the weight of each cell's KL term rises to 1, the dispersion of
+    counts stays where their moments put it, and π of ``penetrance`` at its prior; then π moves with ten times the learning rate.
+    ``seed`` fixes the start of the guide, the order of the cells and all draws; the user's own random state is left alone.
     ``objective`` is "elbo", by default, and "kds" for `stationary`, which has no likelihood: the kernel deviation from
     stationarity, between cells of one condition in a minibatch (`stationarity_deviation`), and a penalty; deterministic too.
     ``objective="paths"`` fits no posterior but the deterministic F on the pairs of eq 5, by the ``distance`` between predicted and
@@ -247,7 +247,7 @@ class _Training:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return all parameters, those of π with a learning rate of their own."""
-        swift = {f"guide.{name}" for name in self.guide.held if "penetrance" in name}
+        swift = {f"guide.{name}" for name in self.guide.held if "penetrance_lo" in name}
         parts = [[p for name, p in self.elbo.named_parameters() if (name in swift) == own] for own in (False, True)]
         rates = (1.0, SWIFT)
         return [{"params": part, "lr": k * self.settings["learning_rate"]} for part, k in zip(parts, rates, strict=True) if part]
