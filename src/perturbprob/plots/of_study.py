@@ -66,5 +66,6 @@ def compare(table: pd.DataFrame, *, ax: "matplotlib.axes.Axes | None" = None) ->
     axes.axvline(0, color="black", lw=0.8, ls=":")
     axes.errorbar(shown["difference"], range(len(shown)), xerr=shown["standard_error"], fmt="o", color=BLUE, ecolor=GREY, capsize=3)
     name_axis(axes.yaxis, shown.index)
+    axes.locator_params(axis="x", nbins=6)
     axes.set(xlabel="held-out log density per count, behind the best (nats)", ylim=(len(shown) - 0.5, -0.5))
     return axes.figure.figure
