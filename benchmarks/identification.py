@@ -2,27 +2,18 @@
 
     python benchmarks/identification.py --screens 20
 
-Each screen has five times, and at the fourth some perturbations are hidden, which structures have to carry there. Truths are prior draws:
-every global site from the prior of `CellModel`, weights of networks from Normal(0, 1 / fan in). The conditions, batches and size
-factors are those of a simulated screen. The answer is right where the true structure has the largest held-out log density, or is within one
-standard error of the paired difference from it (`perturbprob.compare`, conditions drawn at random).
+Each screen has five times, and at the fourth some perturbations are hidden, which structures have to carry there. Truths are prior draws
+(`perturbprob.prior_screen`); the conditions, batches and size factors are those of a simulated screen. The answer is right where the true
+structure has the largest held-out log density, or is within one standard error of the paired difference from it (`perturbprob.compare`,
+conditions drawn at random).
 """
 
 import argparse
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-
-import numpy as np
-import pyro
-import torch
-from scipy.sparse import csr_array
-from torch import nn
 
 import perturbprob as pb
-from perturbprob.inference.draws import global_draws
-from perturbprob.model.cells import CellTable
 
 STRUCTURES: dict[str, Callable[..., pb.CellModel]] = {
     "node": pb.node,
@@ -32,27 +23,11 @@ STRUCTURES: dict[str, Callable[..., pb.CellModel]] = {
 }
 
 
-@torch.no_grad()
-def drawn(truth: str, template: pb.Screen, n_latent: int, seed: int) -> pb.Screen:
-    """Return the template with counts drawn from the prior of a structure."""
-    model = STRUCTURES[truth](template, n_latent, seed=seed)
-    pyro.set_rng_seed(seed)
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.normal_(0.0, layer.in_features**-0.5)
-    table = CellTable(model, template)
-    sites = table.sites(next(iter(global_draws(model, None, 1, seed))))
-    cells = table.cells(torch.arange(template.n_cells))
-    state = model.moved(sites, model.at_rest(len(cells)).sample(), cells.protocol)
-    counts = model.measured(sites, state, cells).sample().clamp(max=1e5).numpy().astype(np.float32)
-    return replace(template, counts=csr_array(counts))
-
-
 def score(truth: str, seed: int, *, cells: int, genes: int, epochs: int, n_latent: int) -> tuple[bool, str]:
     """Fit every structure to one screen; say whether the true one is best or near it, and by how much each falls behind."""
     times = (0.25, 0.5, 1.0, 2.0, 3.0)
     simulation = pb.simulate(n_cells=cells, n_genes=genes, n_perturbations=8, times=times, n_batches=2, depth=500, seed=seed)
-    screen = drawn(truth, simulation.screen, n_latent, seed)
+    screen = pb.prior_screen(STRUCTURES[truth](simulation.screen, n_latent, seed=seed), simulation.screen, seed)
     split = pb.split.hold_out_time(screen, 2.0, list(screen.perturbations[::2]))
     fits = {
         name: pb.fit(make(split.train, n_latent, seed=0), split.train, epochs=epochs, progress=False) for name, make in STRUCTURES.items()

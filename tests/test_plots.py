@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -350,6 +351,22 @@ def test_the_study_is_drawn_with_bands_the_best_baselines_and_the_floor():
     np.testing.assert_allclose(lines["eq5"].get_ydata(), curve.sel(start="control", loss="eq5").mean("seed"))
     assert lines["noise floor"].get_ydata()[0] == 0.003
     assert len(panels[0].collections) == 2
+
+
+def test_a_score_sheet_is_drawn_with_its_errors_the_best_on_top_and_without_fits_that_have_no_likelihood():
+    sheet = pd.DataFrame(
+        {"difference": [0.0, -0.02, np.nan], "standard_error": [0.0, 0.01, np.nan]}, index=["node", r"$\frac", "stationary"]
+    )
+    figure = plots.compare(sheet)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["node", r"\$\frac"]
+    assert axes.yaxis_inverted()
+    (bars,) = axes.containers
+    assert bars[0].get_xdata().tolist() == [0.0, -0.02]
+    assert [part[:, 0].tolist() for part in bars[2][0].get_segments()] == [[0.0, 0.0], pytest.approx([-0.03, -0.01])]
+    with pytest.raises(ValueError, match="draws what compare returned; this table has the columns error"):
+        plots.compare(pd.DataFrame({"error": [0.0]}))
 
 
 def test_branches_name_every_state_and_what_is_missing(screen):

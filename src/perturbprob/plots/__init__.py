@@ -11,11 +11,12 @@ from perturbprob.plots.of_fit import losses, predictive_check
 from perturbprob.plots.of_network import network
 from perturbprob.plots.of_pseudotime import pseudotime
 from perturbprob.plots.of_screen import branches, layout, steady_states
-from perturbprob.plots.of_study import proof_of_principle
+from perturbprob.plots.of_study import compare, proof_of_principle
 
 __all__ = [
     "batch_decomposition",
     "branches",
+    "compare",
     "effects",
     "layout",
     "losses",

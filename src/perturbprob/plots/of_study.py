@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from perturbprob.plots.axes import BLUE, GREEN, GREY, RED, new_figure
+from perturbprob.plots.axes import BLUE, GREEN, GREY, RED, name_axis, new_axes, new_figure
 from perturbprob.studies.proof_of_principle import ProofOfPrinciple
 
 if TYPE_CHECKING:
+    import matplotlib.axes
     import matplotlib.figure
 
 COLOURS = (GREY, BLUE, GREEN, RED, "#CC79A7", "#56B4E9", "#999933", "#882255")
@@ -42,3 +44,28 @@ def proof_of_principle(found: ProofOfPrinciple, *, figure: "matplotlib.figure.Fi
     panels[0].set_ylabel("mean squared error on the hidden time")
     panels[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def compare(table: pd.DataFrame, *, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
+    """Draw what `compare` returned: how far each fit falls behind the best on the same cells, and one standard error of that.
+
+    The best is on top, at 0, which has no error; a fit without a likelihood is left out. What reaches 0 is no worse than the best, as far
+    as these conditions tell.
+
+    >>> import pandas as pd
+    >>> import perturbprob as pb
+    >>> table = pd.DataFrame({"difference": [0.0, -0.02], "standard_error": [0.0, 0.01]}, index=["node", "vae"])
+    >>> [label.get_text() for label in pb.plots.compare(table).axes[0].get_yticklabels()]
+    ['node', 'vae']
+    """
+    if not {"difference", "standard_error"} <= set(table.columns):
+        found = ", ".join(map(str, table.columns)) or "none"
+        raise ValueError(f"plots.compare draws what compare returned; this table has the columns {found}. Draw pb.compare(fits, test).")
+    shown = table[table["difference"].notna()]
+    axes = new_axes(ax, (6.5, 0.35 * len(shown) + 1.2))
+    axes.axvline(0, color="black", lw=0.8, ls=":")
+    axes.errorbar(shown["difference"], range(len(shown)), xerr=shown["standard_error"], fmt="o", color=BLUE, ecolor=GREY, capsize=3)
+    name_axis(axes.yaxis, shown.index)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set(xlabel="held-out log density per count, behind the best (nats)", ylim=(len(shown) - 0.5, -0.5))
+    return axes.figure.figure

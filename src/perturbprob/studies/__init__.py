@@ -7,6 +7,7 @@ from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose
 from perturbprob.studies.branches import branch_shares
 from perturbprob.studies.comparison import compare
 from perturbprob.studies.depth_effects import depth_effects
+from perturbprob.studies.identification import prior_screen
 from perturbprob.studies.layout_error import BatchPrior
 from perturbprob.studies.mean_decomposition import decompose_means
 from perturbprob.studies.predictive_check import predictive_check
@@ -26,6 +27,7 @@ __all__ = [
     "improve_layout",
     "plan_batches",
     "predictive_check",
+    "prior_screen",
     "proof_of_principle",
     "propose_layouts",
     "sensitivity",
