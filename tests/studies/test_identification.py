@@ -39,6 +39,15 @@ def test_a_seed_gives_one_screen_and_leaves_model_template_and_random_state_alon
     assert (template.counts.toarray() == before).all()
 
 
+def test_strength_moves_perturbed_cells_alone(template: pb.Screen) -> None:
+    """The same draw without a push and with a hard one: control cells are the same, edited ones are not."""
+    weak, hard = (pb.prior_screen(pb.vae(template, n_latent=2), template, 1, strength=k).counts.toarray() for k in (1.0, 5.0))
+    changed = (weak != hard).any(1)
+    control = np.isin(np.arange(template.n_cells), template.cells_of("control"))
+    assert changed[~control].mean() > 0.5
+    assert changed[control].mean() < changed[~control].mean() / 2
+
+
 def test_totals_follow_depth_and_zero_inflation_adds_zeros(template: pb.Screen) -> None:
     screens = [pb.prior_screen(pb.node(template, n_latent=2, measurement="poisson"), template, seed) for seed in range(5)]
     for screen in screens:  # batch effects aside, a cell's expected total is its size factor times the depth of the template
@@ -58,6 +67,8 @@ def test_what_has_no_prior_of_counts_is_refused(template: pb.Screen) -> None:
         pb.prior_screen(pb.stationary(late), late)
     with pytest.raises(ValueError, match="make it without penetrance="):
         pb.prior_screen(pb.node(template, n_latent=2, penetrance=True), template)
+    with pytest.raises(ValueError, match="strength is how many times as hard as drawn perturbations push, 0 or more; got -1"):
+        pb.prior_screen(pb.node(template, n_latent=2), template, strength=-1.0)
     means = template.pseudobulk()
     with pytest.raises(ValueError, match="draws counts of RNA"):
         pb.prior_screen(pb.node(means), means)

@@ -14,17 +14,19 @@ from perturbprob.measurement.exact import Exact
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import CellTable
 
+EFFECTS = ("perturbation_effect", "media_effect")
 _MOST = 1e5  # a draw of the prior may be of any size, and a count in single precision may not
 
 
 @torch.no_grad()
-def prior_screen(model: CellModel, template: Screen, seed: int = 0) -> Screen:
+def prior_screen(model: CellModel, template: Screen, seed: int = 0, *, strength: float = 1.0) -> Screen:
     """Return the template with counts drawn from the prior of a model: what `fit` and `compare` should find out again.
 
     Every global site is one draw from its prior, the weights of networks are drawn from Normal(0, 1 / fan in), and every cell is at rest
     z₀ ~ Normal(0, I), goes through its own protocol and is measured (eqs 4, 10, 15). Cells, conditions, batches and size factors are
     those of the template, of whose counts nothing is kept; the new ones (cell, gene) stop at 100,000. The model has to know the
-    genes and names of the template. It is not changed, nor is the user's random state.
+    genes and names of the template. It is not changed, nor is the user's random state. What perturbations and media add to the push
+    on a latent state is ``strength`` times its draw; the network of a causal context stays as drawn.
 
     Raises ValueError for continuous values, for a template or model of further assays, for `stationary`, which has no law of counts, and
     for ``penetrance``, as every cell would be hit.
@@ -36,6 +38,8 @@ def prior_screen(model: CellModel, template: Screen, seed: int = 0) -> Screen:
     ((200, 10), True)
     """
     _check(model, template)
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength is how many times as hard as drawn perturbations push, 0 or more; got {strength}.")
     model = copy.deepcopy(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -43,7 +47,8 @@ def prior_screen(model: CellModel, template: Screen, seed: int = 0) -> Screen:
             if isinstance(layer, nn.Linear):
                 layer.weight.normal_(0.0, layer.in_features**-0.5)
         table = CellTable(model, template)
-        sites = table.sites(next(iter(global_draws(model, None, 1, seed))))
+        draw = next(iter(global_draws(model, None, 1, seed)))
+        sites = table.sites(draw | {name: strength * draw[name] for name in EFFECTS if name in draw})
         cells = table.cells(torch.arange(template.n_cells))
         state = model.moved(sites, model.at_rest(len(cells)).sample(), cells.protocol)
         counts = model.measured(sites, state, cells).sample().clamp(max=_MOST)
