@@ -16,6 +16,7 @@ import perturbprob as pb
 from perturbprob import plots
 from perturbprob.inference.predict import labelled
 from perturbprob.plots import of_fit, of_screen
+from perturbprob.plots.of_network import _graph
 from perturbprob.studies.proof_of_principle import ProofOfPrinciple
 
 matplotlib.use("Agg")
@@ -440,6 +441,9 @@ def test_a_network_is_drawn_with_its_probable_edges_alone():
     assert {text.get_text() for text in figure.axes[0].texts} == {"A", "B"}
     assert figure.axes[0].get_title() == "2 edges of probability 0.5 or more"
     assert len(figure.axes[0].patches) == 2
-    assert pb.plots.network(edges, least=0.95).axes[0].get_title() == "0 edges of probability 0.95 or more"
+    assert pb.plots.network(edges, least=0.95).axes[0].get_title() == "0 edges of probability 0.95 or more; the largest is 0.90"
+    for other in (edges.transpose("regulator", "gene"), edges.sortby("gene", ascending=False), edges.sel(regulator=["C", "A", "B"])):
+        assert set(_graph(other, 0.5).edges) == set(_graph(edges, 0.5).edges) == {("B", "A"), ("A", "B")}
+    assert set(_graph(edges.sel(regulator=edges["perturbed"]), 0.5).edges) == {("A", "B")}
     with pytest.raises(ValueError, match="least is a probability, from 0 to 1"):
         pb.plots.network(edges, least=2)

@@ -304,6 +304,16 @@ def test_a_part_by_mask_indices_slice_or_names_is_the_same():
     assert screen[4].n_cells == 1
 
 
+def test_a_mask_with_names_of_cells_is_taken_by_these():
+    screen = Screen.from_anndata(make(), **COLUMNS)
+    mask = pd.Series([False, True, False, True, False, False], screen.cells)
+    assert list(screen[mask.iloc[::-1]].cells) == ["cell1", "cell3"]
+    with pytest.raises(ValueError, match=r"The mask is a Series with names of cells, and needs one value for each cell of the .*; 2 cells"):
+        screen[mask.iloc[:4]]
+    with pytest.raises(ValueError, match="some cells have two"):
+        screen[pd.concat([mask, mask])]
+
+
 def test_cells_of_a_condition_or_a_perturbation():
     screen = Screen.from_anndata(make(), **COLUMNS)
     for condition, cells in {

@@ -145,6 +145,14 @@ def test_what_cannot_be_asked(fit: pb.Fit, ask: Callable[[pb.Fit], object], mess
         ask(fit)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_flag_is_true_or_false_and_a_protocol_is_one(fit: pb.Fit) -> None:
+    with pytest.raises(TypeError, match="settled is True or False; got 'no'"):
+        pb.do(fit, pb.Knockout("G1") >> pb.Wait(1), settled="no")
+    with pytest.raises(TypeError, match=r"A condition is a protocol such as .*; got None"):
+        pb.do(fit, None)
+
+
 def test_a_network_that_never_rests_and_a_fit_without_one(fit: pb.Fit, part: pb.Screen) -> None:
     weights = np.zeros((8, 8))
     weights[1, 0] = weights[2, 1] = weights[0, 2] = -12.0

@@ -166,6 +166,8 @@ def test_an_sgrna_of_another_gene_is_refused(fitted: tuple[pb.Fit, pb.Screen, np
     wrong = replace(cells, sgrna=np.full(cells.n_cells, f"{second}_0", object))
     with pytest.raises(ValueError, match=rf"has the sgRNA '{second}_0', which the model knows of another perturbation"):
         pb.hit_probability(fit, wrong, progress=False)
+    with pytest.warns(UserWarning, match=rf"^{cells.n_cells} edited cells have no sgRNA that the fit knows: for them its gene"):
+        pb.hit_probability(fit, replace(cells, sgrna=np.full(cells.n_cells, "new", object)), n_draws=1, particles=2, progress=False)
 
 
 def test_what_asks_of_conditions_takes_them_as_they_are_mixed(fitted: tuple[pb.Fit, pb.Screen, np.ndarray], simulation: Simulation) -> None:

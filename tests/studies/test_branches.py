@@ -46,8 +46,19 @@ def test_a_perturbation_that_blocks_a_branch_is_found() -> None:
 def test_misuse() -> None:
     screen, branch = branching()
     fit = pb.fit(pb.neural_sde(screen, 2, n_steps=2), screen, epochs=1, progress=False)
-    with pytest.raises(ValueError, match="branches= names 3 cells, and the screen has 2,100"):
+    with pytest.raises(ValueError, match=r"of each of the 2,100 cells of the screen, or None; got values of shape \(3,\)"):
         pb.branch_shares(fit, screen, ["A", "B", None], n_draws=2)
+    with pytest.raises(ValueError, match=r"or None; got 'cell_type'\. Give a column of obs"):
+        pb.branch_shares(fit, screen, "cell_type", n_draws=2)
+    with pytest.raises(ValueError, match=r"level must be between 0 and 1; got 90\."):
+        pb.branch_shares(fit, screen, branch, n_draws=2, level=90.0)
+    by_name = pd.Series(branch, screen.cells)
+    with pytest.raises(ValueError, match=r"branches= is a Series with names of cells.*1 cells have none, such as 'c0'"):
+        pb.branch_shares(fit, screen, by_name.iloc[1:], n_draws=2)
+    numbers = np.where(branch == "A", 1.0, np.where(branch == "B", 2.0, np.nan))
+    shares = [pb.branch_shares(fit, screen, b, n_draws=2, progress=False)["mean"].values for b in (branch, by_name.iloc[::-1], numbers)]
+    for other in shares[1:]:
+        np.testing.assert_array_equal(other, shares[0])
     with pytest.raises(ValueError, match="Shares of branches need at least two; branches= names A"):
         pb.branch_shares(fit, screen, np.where(branch == "A", "A", None), n_draws=2)
     few = np.full(screen.n_cells, None, object)
@@ -62,5 +73,7 @@ def test_what_a_neural_sde_cannot_be_made_of() -> None:
         pb.neural_sde(screen, 2, n_steps=0)
     with pytest.raises(ValueError, match="the noise of neural_sde moves them"):
         pb.neural_sde(screen, 2, assumptions=[pb.UneditedStable()])
+    with pytest.raises(ValueError, match="SteadyState follows one path on from a state, and NeuralSDE has noise on the way"):
+        pb.neural_sde(screen, 2, assumptions=[pb.SteadyState()])
     with pytest.raises(ValueError, match="a row of continuous values is a mean of cells: use node"):
         pb.neural_sde(screen.pseudobulk(), 2)

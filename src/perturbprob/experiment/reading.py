@@ -288,7 +288,7 @@ def places(chosen: slice | ArrayLike, cells: np.ndarray) -> np.ndarray:
     """Return the indices of cells that a mask, indices, a slice or names mean."""
     if isinstance(chosen, slice):
         return np.arange(len(cells))[chosen]
-    wanted = np.atleast_1d(np.asarray(chosen))
+    wanted = np.atleast_1d(np.asarray(_in_order(chosen, cells)))
     if wanted.dtype.kind in "OUT":
         return _places_of(wanted, cells)
     if wanted.dtype.kind not in "biu" and wanted.size:
@@ -296,6 +296,22 @@ def places(chosen: slice | ArrayLike, cells: np.ndarray) -> np.ndarray:
     if wanted.dtype.kind == "b" and wanted.shape != (len(cells),):
         raise ValueError(f"The mask has shape {wanted.shape}; it needs one value for each of the {len(cells):,} cells.")
     return np.arange(len(cells))[wanted if wanted.size else []]
+
+
+def _in_order(chosen: ArrayLike, cells: np.ndarray) -> ArrayLike:
+    """Return a mask that comes with the names of its cells in the order of the cells; everything else as it is."""
+    if not isinstance(chosen, pd.Series) or chosen.dtype != bool or isinstance(chosen.index, pd.RangeIndex) or not len(chosen):
+        return chosen
+    return named_values(chosen, cells, "mask")
+
+
+def named_values(values: pd.Series, cells: np.ndarray, what: str) -> pd.Series:
+    """Return a value for each cell, by name; refuse a series that lacks one, or has two."""
+    index = values.index.astype(str)
+    if not index.is_unique or (lost := ~np.isin(cells.astype(str), index)).any():
+        missing = f"{int(lost.sum()):,} cells have none, such as {cells[lost][0]!r}" if index.is_unique else "some cells have two"
+        raise ValueError(f"The {what} is a Series with names of cells, and needs one value for each cell of the screen; {missing}.")
+    return values.set_axis(index).loc[cells.astype(str)]
 
 
 def _places_of(names: np.ndarray, cells: np.ndarray) -> np.ndarray:

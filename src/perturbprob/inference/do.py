@@ -11,7 +11,7 @@ import xarray as xr
 from perturbprob.experiment.action import Action, Perturbation, Protocol
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_far
-from perturbprob.inference.draws import check_draws, global_draws, require_posterior, warn_if_large
+from perturbprob.inference.draws import check_draws, check_flag, global_draws, require_posterior, warn_if_large
 from perturbprob.inference.effects import changes_of, fold_changes
 from perturbprob.inference.predict import listed
 from perturbprob.model.network_effect import NetworkEffect
@@ -72,6 +72,7 @@ def do(
 
 def asked_of(fit: "Fit", protocols: Protocol | Action | Sequence[Protocol | Action], *, settled: bool) -> tuple["Fit", list[Protocol]]:
     """Return the fit with every perturbation of the protocols among its names, where a network says what they do, and the protocols."""
+    check_flag(settled, "settled")
     several = [Protocol() >> p for p in listed(protocols)]
     if settled and not isinstance(fit.model.mark_effect, NetworkEffect):
         raise ValueError("Only a network over genes tells where cells come to rest: fit a causal_context, or give protocols with a Wait.")

@@ -29,6 +29,12 @@ def check_draws(n_draws: int, name: str = "n_draws") -> None:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
 
 
+def check_flag(value: object, name: str) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False; got {value!r}.")
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that random number generators do not take."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:

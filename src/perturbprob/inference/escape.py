@@ -1,6 +1,7 @@
 """Which edited cells were hit, and which escaped."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,6 +61,7 @@ def hit_probability(
         raise ValueError("This fit takes every edited cell to be hit. Make its model with penetrance=True to ask which were.")
     names = fit.model.vocabulary
     warn_if_large(screen.n_cells * len(names.perturbations), "probabilities of cells and perturbations", "Ask for fewer cells.")
+    _say_unknown_sgrnas(fit, screen)
     table = CellTable(fit.model, screen)
     found = torch.zeros(screen.n_cells, len(names.perturbations))
     parts = list(torch.arange(screen.n_cells).split(minibatch))
@@ -75,6 +77,16 @@ def hit_probability(
     perturbations = [p.gene for p in names.perturbations]
     perturbations = perturbations if len(set(perturbations)) == len(perturbations) else list(map(repr, names.perturbations))
     return xr.DataArray(value, {"cell": list(screen.cells), "perturbation": perturbations}, ("cell", "perturbation"), "hit_probability")
+
+
+def _say_unknown_sgrnas(fit: "Fit", screen: "Screen") -> None:
+    """Warn of edited cells without an sgRNA of the fit, where each has a π of its own."""
+    if not fit.model.sgrnas:
+        return
+    edited = np.array([bool(c.perturbations) for c in screen.conditions])[screen.condition]
+    known = np.zeros(screen.n_cells, bool) if screen.sgrna is None else np.isin(screen.sgrna.astype(str), fit.model.sgrnas)
+    if n := int((edited & ~known).sum()):
+        warnings.warn(f"{n:,} edited cells have no sgRNA that the fit knows: for them its gene's π is taken.", stacklevel=3)
 
 
 def false_hits(

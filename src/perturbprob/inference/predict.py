@@ -13,7 +13,7 @@ from torch import Tensor
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_aliased, say_apart, say_far, say_untested
-from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, seeded, warn_if_large
+from perturbprob.inference.draws import Sites, check_draws, check_flag, global_draws, require_fit, seeded, warn_if_large
 from perturbprob.inference.escape import population
 from perturbprob.inference.expectation import Expectation
 
@@ -75,6 +75,8 @@ def predict(
         raise ValueError("The fit has one batch, so how far another would be off was never seen: batch='new' cannot be answered.")
     if not (None in batches and say_aliased(fit)):
         say_apart(fit, protocols, batches)
+    if edited is not None:
+        check_flag(edited, "edited")
     if edited is not None and fit.model.penetrance is None:
         raise ValueError(
             "edited= tells hit cells from escaped ones, and this fit takes all to be hit: make its model with penetrance=True."
@@ -182,7 +184,7 @@ def conditions_of(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol 
 
 def listed(conditions: Protocol | Action | Sequence[Protocol | Action]) -> list[Protocol | Action]:
     """Return one or several protocols as a list; refuse none, and what is no protocol."""
-    several = [conditions] if isinstance(conditions, Protocol | Action | str) else list(conditions)
+    several = list(conditions) if isinstance(conditions, Sequence) and not isinstance(conditions, Protocol | str) else [conditions]
     if not several:
         raise ValueError("No condition to predict: give a protocol such as Knockout('NANOG') >> Wait(5).")
     for one in several:

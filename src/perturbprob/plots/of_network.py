@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def network(edges: xr.Dataset, *, least: float = 0.5, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.figure.Figure":
     """Draw what `edges` returned: genes in a circle, and an arrow from regulator to gene for each edge of at least a probability.
 
-    Blue arrows with a point raise a gene, red ones with a bar lower it; the more probable the darker, the larger the weight the wider.
+    Blue arrows with a point raise a gene, orange ones with a bar lower it; the more probable the darker, the larger the weight the wider.
     Genes without such an edge are left out; perturbed ones are filled.
 
     >>> import perturbprob as pb
@@ -35,7 +35,8 @@ def network(edges: xr.Dataset, *, least: float = 0.5, ax: "matplotlib.axes.Axes 
         raise ValueError(f"least is a probability, from 0 to 1; got {least}.")
     graph, axes = _graph(edges, least), new_axes(ax, (7.0, 7.0))
     place = nx.circular_layout(graph)
-    filled = [bool(edges["perturbed"].sel(regulator=gene)) for gene in graph]
+    perturbed = {str(gene) for gene in edges["regulator"].values[edges["perturbed"].values]}
+    filled = [gene in perturbed for gene in graph]
     nx.draw_networkx_nodes(
         graph, place, ax=axes, node_size=420, node_color=["#d9d9d9" if f else "white" for f in filled], edgecolors="black"
     )
@@ -47,7 +48,8 @@ def network(edges: xr.Dataset, *, least: float = 0.5, ax: "matplotlib.axes.Axes 
             arrowstyle="-|>" if of["weight"] > 0 else "|-|,widthA=0,widthB=0.7", width=0.6 + 2.4 * abs(of["weight"]) / largest,
             node_size=520, arrowsize=13, connectionstyle="arc3,rad=0.12",
         )  # fmt: skip
-    axes.set(title=f"{graph.number_of_edges()} edges of probability {least:g} or more")
+    none = "" if graph else f"; the largest is {float(edges['probability'].max()):.2f}"
+    axes.set(title=f"{graph.number_of_edges()} edges of probability {least:g} or more{none}")
     axes.set_axis_off()
     return axes.figure.figure
 
@@ -56,9 +58,11 @@ def _graph(edges: xr.Dataset, least: float) -> nx.DiGraph:
     """Return the edges that are probable enough, with weight and probability, in the order of the genes."""
     graph = nx.DiGraph()
     genes = [str(gene) for gene in edges["gene"].values]
-    weight, probability = edges["weight"].values, edges["probability"].values
-    chosen = [(r, g) for g in range(len(genes)) for r in range(len(genes)) if probability[g, r] >= least]
-    graph.add_nodes_from(genes[k] for k in sorted({k for pair in chosen for k in pair}))
+    regulators = [str(gene) for gene in edges["regulator"].values]
+    weight, probability = (edges[name].transpose("gene", "regulator").values for name in ("weight", "probability"))
+    chosen = [(r, g) for g in range(len(genes)) for r in range(len(regulators)) if probability[g, r] >= least]
+    used = {regulators[r] for r, _ in chosen} | {genes[g] for _, g in chosen}
+    graph.add_nodes_from(gene for gene in dict.fromkeys([*genes, *regulators]) if gene in used)
     for r, g in chosen:
-        graph.add_edge(genes[r], genes[g], weight=float(weight[g, r]), probability=float(probability[g, r]))
+        graph.add_edge(regulators[r], genes[g], weight=float(weight[g, r]), probability=float(probability[g, r]))
     return graph

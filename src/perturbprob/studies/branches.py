@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float, Shaped
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from perturbprob.experiment.action import Action, Protocol
+from perturbprob.experiment.reading import named_values
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.escape import population
@@ -39,7 +41,8 @@ def branch_shares(
 ) -> xr.Dataset:
     """Return the share of cells that end in each branch, per condition, with intervals over posterior draws.
 
-    ``branches`` names the branch of each cell of ``screen``, such as a lineage or a cluster; None leaves a cell out. The latent states z(t)
+    ``branches`` names the branch of each cell of ``screen``, such as a lineage or a cluster; None, NaN or "" leaves a cell out. A Series
+    with names of cells is taken by these. The latent states z(t)
     of the named cells give each branch a mean, and all of them one covariance; then, per draw of the globals, 500 cells of each
     condition are drawn at rest, carried through their protocol with their noise, and each counts for the branch of the nearest mean in that
     covariance (linear discriminant analysis with even odds). ``conditions`` are by default those of the fit. Returns a Dataset over
@@ -58,7 +61,9 @@ def branch_shares(
     require_screen(screen)
     check_draws(n_draws)
     protocols = conditions_of(fit, conditions)
-    names, centre, whiten = _discriminant(fit, screen, np.array(branches, dtype=object))
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1; got {level}.")
+    names, centre, whiten = _discriminant(fit, screen, _labels(branches, screen))
     parts = [(c, part) for c, p in enumerate(protocols) for part in population(fit, p)]
     of, segments = (
         torch.tensor([c for c, _ in parts]),
@@ -80,15 +85,24 @@ def branch_shares(
     return labelled(fit, protocols, data, attrs, features=names).rename(feature="branch")
 
 
+def _labels(branches: ArrayLike, screen: "Screen") -> Shaped[np.ndarray, " cell"]:
+    """Return the branch of each cell as a word, "" for none; a Series with names of cells is taken by these."""
+    if isinstance(branches, pd.Series) and not isinstance(branches.index, pd.RangeIndex):
+        branches = named_values(branches, screen.cells, "branches=")
+    labels = np.array(branches, dtype=object)
+    if labels.shape != (screen.n_cells,):
+        found = f"{branches!r}" if not labels.ndim else f"values of shape {labels.shape}"
+        raise ValueError(
+            f"branches= gives the branch of each of the {screen.n_cells:,} cells of the screen, or None; got {found}. Give a column of obs."
+        )
+    return np.array(["" if pd.isna(b) else str(b) for b in labels])
+
+
 def _discriminant(
     fit: "Fit", screen: "Screen", branches: Shaped[np.ndarray, " cell"]
 ) -> tuple[list[str], Float[Tensor, "branch latent"], Float[Tensor, "latent latent"]]:
     """Return the names of the branches, their means in the latent state, and what makes their common covariance the identity."""
-    if len(branches) != screen.n_cells:
-        raise ValueError(
-            f"branches= names {len(branches):,} cells, and the screen has {screen.n_cells:,}: give one name, or None, for each."
-        )
-    names = sorted({str(b) for b in branches if b is not None and b == b})
+    names = sorted({str(b) for b in branches if b})
     if len(names) < 2:
         raise ValueError(f"Shares of branches need at least two; branches= names {', '.join(names) or 'none'}.")
     state = torch.as_tensor(latent(fit, screen)["state"])

@@ -85,6 +85,8 @@ class SteadyState(Assumption):
 
     def refuses(self, transition: "Transition") -> str | None:
         """Refuse a transition whose waits do not add up."""
+        if transition.noise_shape:
+            return f"follows one path on from a state, and {type(transition).__name__} has noise on the way. Leave it out, or use node."
         if transition.semigroup:
             return None
         return (
