@@ -67,6 +67,7 @@ def test_misuse() -> None:
         pb.branch_shares(fit, screen, few, n_draws=2)
 
 
+@pytest.mark.filterwarnings("ignore:The screen has one batch")
 def test_what_a_neural_sde_cannot_be_made_of() -> None:
     screen, _ = branching()
     with pytest.raises(ValueError, match="n_steps must be a whole number of at least 1, and without noise it is node; got 0"):
