@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from perturbprob.experiment.settings import check_seed
+
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
     from perturbprob.model.cell_model import CellModel
@@ -25,14 +27,8 @@ GIVEN_CELLS = "What is asked of given cells goes by the law of their rest states
 
 def check_draws(n_draws: int, name: str = "n_draws") -> None:
     """Refuse a number of draws below 1."""
-    if not isinstance(n_draws, int) or n_draws < 1:
+    if isinstance(n_draws, bool) or not isinstance(n_draws, int) or n_draws < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that random number generators do not take."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
 
 
 def require_fit(fit: object) -> None:
