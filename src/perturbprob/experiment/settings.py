@@ -9,7 +9,7 @@ def is_within(value: object, low: float, high: float) -> bool:
     >>> is_within(0.9, 0, 1), is_within("0.9", 0, 1), is_within(float("nan"), 0, 1)
     (True, False, False)
     """
-    return isinstance(value, Real) and not isinstance(value, bool) and low < value < high
+    return isinstance(value, Real) and not isinstance(value, bool) and low < float(value) < high
 
 
 def check_range(low: float, high: float, **settings: float) -> None:

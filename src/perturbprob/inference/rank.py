@@ -202,11 +202,13 @@ def _wanted(
             "target_state is a Screen of cells in the desired state, or the wanted changes in log rate by gene, such as "
             f"{{{genes[0]!r}: -0.5}}; got {type(target).__name__}{' without a gene' if isinstance(target, pd.Series | Mapping) else ''}."
         )
-    shift = pd.to_numeric(pd.Series(target), errors="coerce")
+    given = pd.Series(target)
+    shift = pd.to_numeric(given, errors="coerce")
     if unknown := [name for name in shift.index if name not in genes]:
         raise ValueError(f"target_state names {unknown[0]!r}, which is no gene of the fit. {nearest(unknown[0], genes)}")
-    if not shift.index.is_unique or not (shift.abs() < torch.inf).all():
-        raise ValueError(f"target_state must hold one finite change in log rate for each gene it names; got {dict(target)}.")
+    if len(wrong := given[given.index.duplicated() | ~(shift.abs() < torch.inf)]):
+        found = f"{wrong.iloc[0]} for {wrong.index[0]!r}"
+        raise ValueError(f"target_state must hold one finite change in log rate for each gene it names; got {found}.")
     place = torch.tensor([genes.index(name) for name in shift.index])
     moved = torch.zeros(len(genes)).index_copy(0, place, torch.tensor(shift.to_numpy(), dtype=torch.float32))
     return lambda _, __, nothing: nothing + moved.to(nothing), place, None

@@ -233,7 +233,7 @@ def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> Cel
     _check_genes("stationary", screen, MOST_AT_REST)
     require_at_rest(screen)
     if not is_within(edge_scale, 0, math.inf):
-        raise ValueError(f"edge_scale is how large weights are and must be above 0; got {edge_scale!r}.")
+        raise ValueError(f"edge_scale is how large weights are and must be a finite number above 0; got {edge_scale!r}.")
     n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
     own = {"edge_scale": edge_scale, "n_waits": n_waits, "n_latent": 0, "measurement": "exact"}
     return make(
