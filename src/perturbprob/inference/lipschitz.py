@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.dynamics.neighbours import gradient_constant, map_constant
-from perturbprob.experiment.settings import is_within
+from perturbprob.experiment.settings import check_seed, is_within
 from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.predict import labelled
 from perturbprob.model.cells import Cells, CellTable
@@ -57,6 +57,7 @@ def lipschitz_constant(
     require_likelihood(fit, GIVEN_CELLS)
     check_draws(n_draws)
     check_draws(n_cells, "n_cells")
+    check_seed(seed)
     kinds = [of] if isinstance(of, str) else list(of)
     if not kinds or not set(kinds) <= set(CONSTANTS):
         raise ValueError(f"of={of!r}: use 'map' or 'gradient', or both.")
