@@ -429,6 +429,14 @@ def test_pseudotime_of_chosen_perturbations_in_a_figure_of_ones_own(ordered):
         plots.pseudotime(ordered, ["nobody"])
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_only_an_order_is_drawn_along_pseudotime(screen, ordered):
+    with pytest.raises(TypeError, match=r"An order is needed here; got Screen\. Give what pseudotime.order"):
+        plots.pseudotime(screen)
+    with pytest.raises(ValueError, match=r"level is a share of false discoveries.*got 'a'"):
+        plots.pseudotime(ordered, level="a")
+
+
 def test_a_network_is_drawn_with_its_probable_edges_alone():
     weight = np.array([[np.nan, 1.0, 0.0], [-0.5, np.nan, 0.2], [0.0, 0.0, np.nan]])
     probability = np.array([[np.nan, 0.9, 0.1], [0.7, np.nan, 0.3], [0.0, 0.2, np.nan]])

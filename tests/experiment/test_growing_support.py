@@ -105,11 +105,12 @@ def test_what_cannot_be_asked(study, screen, unchecked):
         pb.pseudotime.growing_support(screen.pseudobulk())
     with pytest.raises(TypeError, match="A Screen is needed"):
         pb.pseudotime.growing_support(screen.counts)
-    for settings in ({"k": 0}, {"k": 30}, {"n_splits": 5}, {"n_splits": True}):
+    for settings in ({"k": 0}, {"k": 30}, {"n_splits": 5}, {"n_splits": True}, {"n_components": 0}, {"seed": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} must be a whole number"):
             pb.pseudotime.growing_support(screen, **settings)
-    with pytest.raises(ValueError, match="level is a probability"):
-        pb.pseudotime.growing_support(screen, level=1.0)
+    for level in (1.0, "0.9", np.nan):
+        with pytest.raises(ValueError, match="level is a probability"):
+            pb.pseudotime.growing_support(screen, level=level)
 
 
 @pytest.mark.filterwarnings("ignore::perturbprob.ScreenWarning")

@@ -338,6 +338,19 @@ def test_cells_that_are_not_there():
             screen[cells]
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("index", [(slice(None), ["A", "B"]), (slice(None), slice(2)), (slice(None), "A"), ([0, 1], [0])])
+def test_genes_are_not_chosen_in_a_screen(index):
+    with pytest.raises(TypeError, match=r"indexed by cells alone.*got a tuple of 2\. Select genes in the AnnData first"):
+        Screen.from_anndata(make())[index]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_tuple_of_names_or_numbers_means_cells():
+    screen = Screen.from_anndata(make())
+    assert screen["c0", "c3"].cells.tolist() == screen[0, 3].cells.tolist() == ["c0", "c3"]
+
+
 def test_conditions_that_are_not_there():
     screen = Screen.from_anndata(make())
     with pytest.raises(ValueError, match=r"No cell of this screen has the perturbation 'A\+C'. Did you mean 'A\+B'"):

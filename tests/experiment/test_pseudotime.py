@@ -357,6 +357,30 @@ def test_ends_that_cannot_be(screen, first, ordered):
         pb.pseudotime.order(screen, first, ends={"A": first})
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"ends": ["a"]}, r"ends= gives the end of each lineage by name.*; got list"),
+        ({"root": None}, "The root is None: name a control cell"),
+        ({"ends": {"e": None}}, "The end 'e' is None: name a control cell"),
+        ({"ends": {"e": 0.5}}, "The end 'e' is not understood. Choose cells by"),
+    ],
+)
+def test_roots_and_ends_of_a_wrong_kind_are_named(screen, first, asked, message):
+    with pytest.raises(TypeError, match=message):
+        pb.pseudotime.order(screen, **({"root": first} | asked))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_only_an_order_is_compared_along(screen, ordered):
+    for wrong in (screen, None):
+        with pytest.raises(TypeError, match=rf"An order is needed here; got {type(wrong).__name__}\. Give what pseudotime.order"):
+            pb.pseudotime.along(wrong)
+    with pytest.raises(ValueError, match=r"level is a share of false discoveries.*got 'a'"):
+        pb.pseudotime.along(ordered, level="a")
+
+
 def test_values_and_settings_that_cannot_be(screen, first, ordered, unchecked):
     with pytest.raises(ValueError, match="continuous values"):
         pb.pseudotime.order(screen.pseudobulk(), "SLOW")

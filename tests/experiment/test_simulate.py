@@ -325,6 +325,14 @@ def test_settings_out_of_range_are_refused(setting, message):
         simulate(**setting)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_single_time_or_media_is_no_list():
+    with pytest.raises(TypeError, match=r"times must be a sequence of numbers such as \(1.0, 2.0\); got 2.0"):
+        simulate(times=2.0)
+    with pytest.raises(TypeError, match=r"media must be a sequence of names .*; got None"):
+        simulate(media=None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -153,3 +153,11 @@ def test_the_module_has_a_short_name() -> None:
 def test_a_time_in_quotes_is_no_time():
     with pytest.raises(TypeError, match="time is a number in the unit of the screen; got '5'"):
         pb.split.hold_out_time(pb.datasets.ishikawa2023(), "5")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_share_in_quotes_is_no_share():
+    with pytest.raises(ValueError, match=r"share is the share of cells to test on, between 0 and 1; got '0.2'"):
+        hold_out_cells(pb.datasets.ishikawa2023(), "0.2")
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 .*got 1\.5"):
+        hold_out_cells(pb.datasets.ishikawa2023(), seed=1.5)

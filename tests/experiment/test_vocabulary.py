@@ -140,6 +140,11 @@ def test_a_batch_never_seen_is_refused_with_the_nearest():
         KNOWN.batch_code("lane3")
 
 
+def test_nearest_looks_past_case_first():
+    assert nearest("PRTN3", ["Prtn3", "PRTN2"]) == "Did you mean 'Prtn3'?"
+    assert nearest("prdm14", ["PRDM14", "prdm1"]) == "Did you mean 'PRDM14'?"
+
+
 def test_nearest_lists_what_is_known_where_nothing_is_near():
     assert nearest("zzz", [f"name{k}" for k in range(10)]).endswith("name7 and 2 more.")
     assert nearest("zzz", ["b", "a", "b"]) == "Known: a, b."

@@ -206,6 +206,13 @@ def test_interference_activation_and_media_act_as_in_a_causal_context() -> None:
     assert np.isfinite(pb.predict(fit, n_draws=1, batch="average", progress=False)["mean"]).all()
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("edge_scale", ["0.1", True, float("nan"), float("inf")])
+def test_an_edge_scale_is_a_number_above_0(screen: pb.Screen, edge_scale: object) -> None:
+    with pytest.raises(ValueError, match=f"edge_scale is how large weights are and must be .*; got {edge_scale!r}"):
+        pb.stationary(screen, edge_scale=edge_scale)
+
+
 def test_what_is_no_screen_at_rest_is_refused(screen: pb.Screen) -> None:
     times = pb.simulate(n_cells=100, n_genes=8, n_perturbations=2, times=(1.0, 2.0), seed=1).screen
     one = pb.stationary(times[np.array([p.time == 1 for p in times.conditions])[times.condition]])

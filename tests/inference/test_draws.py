@@ -75,7 +75,8 @@ def test_draws_surround_the_centre(fit: pb.Fit) -> None:
     assert error.abs().max() < 4.5
 
 
-@pytest.mark.parametrize("n_draws", [0, -1])
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("n_draws", [0, -1, True, "5"])
 def test_no_draws_is_refused(fit: pb.Fit, n_draws: int) -> None:
     with pytest.raises(ValueError, match="n_draws must be a whole number of at least 1"):
         next(global_draws(fit.model, fit.guide, n_draws))

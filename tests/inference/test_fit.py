@@ -144,6 +144,11 @@ def test_one_condition_is_a_screen_and_fit_says_what_it_cannot_teach(small: pb.S
         ({"seed": 1.5}, r"seed must be a whole number from 0 .*got 1\.5"),
         ({"minibatch": 0}, "minibatch must be between 1"),
         ({"learning_rate": -1.0}, "learning_rate must be between 1e-08"),
+        ({"learning_rate": "x"}, "learning_rate must be a number; got 'x'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be between 1e-08 and 1; got nan"),
+        ({"warmup": "a"}, "warmup must be a whole number; got 'a'"),
+        ({"warmup": -1}, "warmup must be between 0"),
+        ({"epochs": True}, "epochs must be a whole number; got True"),
         ({"validation": 1.0}, r"validation must be between 0 and 0\.9"),
     ],
 )

@@ -35,6 +35,12 @@ def test_missing_genes_are_named(simulation: Simulation, fit: pb.Fit) -> None:
         fit.to_anndata(simulation.adata[:, 1:])
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_screen_is_no_anndata(screen: pb.Screen, fit: pb.Fit) -> None:
+    with pytest.raises(TypeError, match=r"to_anndata takes an AnnData; got Screen\. Give the one"):
+        fit.to_anndata(screen)
+
+
 def test_a_screen_made_by_hand_has_no_columns(screen: pb.Screen, fit: pb.Fit, simulation: Simulation) -> None:
     from dataclasses import replace
 

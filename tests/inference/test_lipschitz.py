@@ -80,6 +80,7 @@ def test_continuous_values_have_constants_in_gene_space():
         ({"n_cells": 0}, "n_cells must be a whole number of at least 1; got 0"),
         ({"n_draws": 0}, "n_draws must be a whole number of at least 1"),
         ({"level": 1.0}, "level is a probability between 0 and 1"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fit: pb.Fit, screen: pb.Screen, how: dict, message: str):

@@ -65,9 +65,11 @@ def test_given_cells_go_on_from_where_they_are(fit: pb.Fit, screen: pb.Screen, s
 
 
 def test_candidates_share_their_draws(fit: pb.Fit, screen: pb.Screen) -> None:
-    """The same candidate twice is as far in every draw, so neither is ever better."""
-    same = pb.Knockout(screen.perturbations[0]) >> pb.Wait(2)
-    ranked = pb.rank_perturbations(fit, {screen.genes[0]: 1.0}, [same, same], n_draws=5, start=screen[:20])
+    """Two ways to write the same candidate are as far in every draw, so neither is ever better; one written twice is taken once."""
+    knockout = pb.Knockout(screen.perturbations[0])
+    same = [knockout >> pb.Wait(2), knockout >> pb.Wait(1) >> pb.Wait(1)]
+    ranked = pb.rank_perturbations(fit, {screen.genes[0]: 1.0}, [*same, same[0]], n_draws=5, start=screen[:20])
+    assert ranked.sizes["condition"] == 2
     assert set(ranked["best"].values) == {0.0, 1.0}
     np.testing.assert_allclose(ranked["distance"][0], ranked["distance"][1], rtol=1e-5)
 
@@ -90,6 +92,10 @@ def test_means_of_conditions_are_targets_as_measured() -> None:
         (lambda fit, g: pb.rank_perturbations(fit, {"G99": 1.0}), ValueError, "target_state names 'G99', which is no gene of the fit"),
         (lambda fit, g: pb.rank_perturbations(fit, {g: np.nan}), ValueError, "one finite change in log rate for each gene"),
         (lambda fit, g: pb.rank_perturbations(fit, pd.Series([1.0, 2.0], [g, g])), ValueError, "one finite change in log rate for each"),
+        (lambda fit, g: pb.rank_perturbations(fit, {g: "up"}), ValueError, "one finite change in log rate for each.*got up for 'G"),
+        (lambda fit, g: pb.rank_perturbations(fit, {g: [1, 2]}), ValueError, "one finite change in log rate for each"),
+        (lambda fit, g: pb.rank_perturbations(fit, {g: 1.0}, seed=1.5), ValueError, "seed must be a whole number from 0 .*got 1.5"),
+        (lambda fit, g: pb.rank_perturbations(fit, {g: 1.0}, level="0.9"), ValueError, "level must be between 0 and 1; got '0.9'"),
         (lambda fit, g: pb.rank_perturbations(fit, {}), TypeError, "got dict without a gene"),
         (lambda fit, g: pb.rank_perturbations(fit, "healthy"), TypeError, "is a Screen of cells in the desired state.*got str"),
         (lambda fit, g: pb.rank_perturbations(fit, {g: 1.0}, pb.Knockout(g)), ValueError, "never seen by this model|waits for no time"),

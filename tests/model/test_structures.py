@@ -16,7 +16,7 @@ from perturbprob.measurement import NegativeBinomial, Poisson, ZeroInflatedNegat
 from perturbprob.model.cells import CellTable
 from perturbprob.model.condition_effect import Node
 from perturbprob.model.guide import Guide, node_design
-from perturbprob.model.structures import node
+from perturbprob.model.structures import causal_context, neural_sde, node, vae
 
 
 def simulated(**how):
@@ -184,6 +184,19 @@ def test_protocols_that_the_screen_never_saw_can_be_carried(screen):
 def test_a_latent_state_needs_a_size(screen, n_latent):
     with pytest.raises(ValueError, match=f"n_latent is a number of dimensions and must be a whole number of at least 1; got {n_latent}"):
         node(screen, n_latent)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("structure", [node, vae, neural_sde, causal_context])
+def test_sizes_and_seeds_of_a_wrong_kind_are_refused(screen, structure):
+    for sizes in ({"n_latent": True}, {"n_hidden": True}, {"n_latent": "2"}):
+        with pytest.raises(ValueError, match=f"{next(iter(sizes))} is a number of dimensions"):
+            structure(screen, **sizes)
+    for seed in ("a", -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to 2.*; got {seed!r}"):
+            structure(screen, seed=seed)
+    with pytest.raises(ValueError, match="n_steps must be a whole number of at least 1"):
+        neural_sde(screen, n_steps=True)
 
 
 def test_an_unknown_measurement_is_refused_with_those_there_are(screen):

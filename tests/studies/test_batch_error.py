@@ -80,6 +80,8 @@ def test_a_batch_without_control_is_no_source(fit: pb.Fit, screen: pb.Screen) ->
     none = screen[np.array([bool(p.perturbations) for p in screen.conditions])[screen.condition]]
     with pytest.raises(ValueError, match="No fitted batch holds control cells in baseline media"):
         pb.batch_error(fit, none, **SHORT)
+    with pytest.raises(ValueError, match="seed must be a whole number from 0"):
+        pb.batch_error(fit, screen, seed=True, **SHORT)
 
 
 def test_effects_by_state_have_an_error_too(screen: pb.Screen) -> None:

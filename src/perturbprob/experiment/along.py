@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from scipy.special import ndtr
 from scipy.stats import false_discovery_control, rankdata
 
+from perturbprob.experiment.settings import is_within
 from perturbprob.experiment.vocabulary import labels
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ def along(ordered: "Pseudotime", *, level: float = 0.05) -> xr.Dataset:
     >>> table["perturbation"].values[:2].tolist(), dict(table.sizes)
     (['control', 'ETS2'], {'perturbation': 24, 'lineage': 1})
     """
+    from perturbprob.experiment.pseudotime import Pseudotime
+
+    if not isinstance(ordered, Pseudotime):
+        raise TypeError(f"An order is needed here; got {type(ordered).__name__}. Give what pseudotime.order(screen, root) returned.")
     screen, cells = ordered.ordered_screen, ordered.cells
-    if not 0 < level < 1:
+    if not is_within(level, 0, 1):
         raise ValueError(f"level is a share of false discoveries, between 0 and 1; got {level!r}.")
     if not screen.perturbations:
         raise ValueError("This screen has control cells only; there is no perturbation to compare with them.")

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float64
 from perturbprob.experiment.diffusion import components, nearest_cells
 from perturbprob.experiment.landmarks import control_cells
 from perturbprob.experiment.screen import require_screen
+from perturbprob.experiment.settings import check_whole, is_within
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -83,6 +84,8 @@ def growing_support(
     """
     require_screen(screen)
     _check(k, n_splits, level)
+    check_whole(2, n_components=n_components)
+    check_whole(0, seed=seed)
     if len(screen.times) < 2:
         raise ValueError(
             f"This screen has a single time, {screen.times[0]:g}; growth shows between two. Name the column of times when reading it: "
@@ -159,5 +162,5 @@ def _check(k: int, n_splits: int, level: float) -> None:
     for name, value, least, most in (("k", k, 1, _FEWEST // 2 - 1), ("n_splits", n_splits, 20, 10**6)):
         if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
             raise ValueError(f"{name} must be a whole number from {least} to {most}; got {value!r}.")
-    if not 0 < level < 1:
+    if not is_within(level, 0, 1):
         raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")

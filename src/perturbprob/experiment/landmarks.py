@@ -50,7 +50,12 @@ def meant(
     if isinstance(chosen, str) and chosen not in screen.cells:
         hint = nearest(chosen, screen.genes)
         raise ValueError(f"The {what} {chosen!r} is neither a cell nor a gene of this screen. {hint} Or pass a mask or a list of cells.")
-    cells = np.flatnonzero(np.isin(control, reading.places(chosen, screen.cells)))
+    if chosen is None:
+        raise TypeError(f"The {what} is None: name a control cell or a marker gene, or pass a mask or a list of cells.")
+    try:
+        cells = np.flatnonzero(np.isin(control, reading.places(chosen, screen.cells)))
+    except (TypeError, ValueError, IndexError) as error:
+        raise type(error)(f"The {what} is not understood. {error}") from None
     if not len(cells):
         raise ValueError(f"No control cell is among those named as {what}: trajectories are made of control cells. Name control cells.")
     return cells

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import final
 
 import numpy as np
@@ -19,6 +18,7 @@ from perturbprob.experiment.growing_support import GrowingSupport, growing_suppo
 from perturbprob.experiment.landmarks import check_connected, check_ends, check_enough, control_cells, is_control, meant, middle
 from perturbprob.experiment.lineages import find_ends, lineage_weights
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_whole
 from perturbprob.experiment.vocabulary import nearest
 
 __all__ = ["GrowingSupport", "Pseudotime", "along", "growing_support", "order"]
@@ -60,7 +60,7 @@ class Pseudotime:
         >>> order(datasets.ishikawa2023(), "PRDM14", n_bootstraps=0).screen(n_times=4).times
         (0.125, 0.375, 0.625, 0.875)
         """
-        _check_whole(1, n_times=n_times)
+        check_whole(1, n_times=n_times)
         chosen = np.ones(self.ordered_screen.n_cells, bool) if lineage is None else self._not_elsewhere(lineage)
         screen, value = self.ordered_screen[chosen], self.cells["pseudotime"].values[chosen]
         pair, code = np.unique(screen.condition * n_times + np.floor(value * n_times).astype(np.int64), return_inverse=True)
@@ -131,8 +131,8 @@ def order(
     {'cell': 14945, 'lineage': 1}
     """
     require_screen(screen)
-    _check_whole(2, n_neighbours=n_neighbours, n_components=n_components)
-    _check_whole(0, n_bootstraps=n_bootstraps, seed=seed)
+    check_whole(2, n_neighbours=n_neighbours, n_components=n_components)
+    check_whole(0, n_bootstraps=n_bootstraps, seed=seed)
     control = control_cells(screen)
     check_enough(control, n_neighbours)
     place, beside = components(screen, control, n_components)
@@ -165,6 +165,8 @@ def _ends(
     ends: Mapping[str, str | ArrayLike] | None,
 ) -> dict[str, np.ndarray]:
     """Return which of the control cells are at each end: as the user names them, or as they are found."""
+    if ends is not None and not isinstance(ends, Mapping):
+        raise TypeError(f"ends= gives the end of each lineage by name, as in {{'erythroid': cells}}; got {type(ends).__name__}.")
     if ends:
         return {name: meant(screen, control, diffusion, f"end {name!r}", cells) for name, cells in ends.items()}
     return {f"lineage {k + 1}": cells for k, cells in enumerate(find_ends(diffusion.graph, reached))}
@@ -237,10 +239,3 @@ def _nearest_control(
 def _waiting(protocol: Protocol, time: float) -> Protocol:
     """Return a protocol with one wait at its end in place of all that it has."""
     return Protocol([*(action for action in protocol if not isinstance(action, Wait)), Wait(time)])
-
-
-def _check_whole(least: int, **settings: int) -> None:
-    """Refuse settings that are not whole numbers of at least the least."""
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}.")

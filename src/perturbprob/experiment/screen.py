@@ -271,6 +271,11 @@ class Screen:
 
         Conditions and batches that no longer occur are dropped; size factors stay as they are.
         """
+        if isinstance(cells, tuple) and not all(map(np.isscalar, cells)):
+            raise TypeError(
+                f"A screen is indexed by cells alone, screen[cells]; got a tuple of {len(cells)}. "
+                "Select genes in the AnnData first, adata[:, genes], and read the screen from that."
+            )
         index = reading.places(cells, self.cells)
         if not len(index):
             raise ValueError("No cell is left: a screen needs at least one.")

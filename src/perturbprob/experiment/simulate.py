@@ -1,8 +1,7 @@
 """Screens with known truth, from a generator that shares nothing with the fitted model: a gene network at rest, disturbed."""
 
 import itertools
-import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -17,6 +16,7 @@ from scipy.sparse import csr_matrix
 from perturbprob.experiment.action import Knockout, Media, Protocol, Wait
 from perturbprob.experiment.gene_network import N_PROGRAMMES, GeneNetwork, draw_network, draw_sparse, log_softmax
 from perturbprob.experiment.screen import Screen
+from perturbprob.experiment.settings import check_range, check_whole
 
 _DEPTH_SD = 0.3  # standard deviation of the log size factor
 
@@ -92,8 +92,8 @@ class Simulation:
         >>> bool((again.screen.summary() == layout).all(axis=None)), again.truth["rate_share"].identical(simulation.truth["rate_share"])
         (True, True)
         """
-        _check_range(0.0, 5.0, batch_scale=batch_scale)
-        _check_whole(seed=(seed, 0))
+        check_range(0.0, 5.0, batch_scale=batch_scale)
+        check_whole(0, seed=seed)
         condition, batch = _placed(layout, self.truth)
         lanes, cells = (np.random.default_rng([seed, stream]) for stream in (3, 4))  # not those of `simulate`
         shuffled = cells.permutation(len(condition))
@@ -146,12 +146,14 @@ def simulate(
     >>> bool(abs(simulation.truth["batch_effect"].sum("batch")).max() < 1e-12)
     True
     """
-    _check_whole(n_cells=(n_cells, 1), n_genes=(n_genes, 2), n_perturbations=(n_perturbations, 0), n_batches=(n_batches, 1), seed=(seed, 0))
-    _check_range(0.0, 5.0, batch_scale=batch_scale, effect_scale=effect_scale)
-    _check_range(0.0, 1.5, heterogeneity=heterogeneity)
-    _check_range(0.0, 1.0, inactive=inactive, unequal=unequal, coupling=coupling)
-    _check_range(0.01, 1e6, dispersion=dispersion)
-    _check_range(1.0, 1e6, depth=depth)
+    check_whole(0, n_perturbations=n_perturbations, seed=seed)
+    check_whole(1, n_cells=n_cells, n_batches=n_batches)
+    check_whole(2, n_genes=n_genes)
+    check_range(0.0, 5.0, batch_scale=batch_scale, effect_scale=effect_scale)
+    check_range(0.0, 1.5, heterogeneity=heterogeneity)
+    check_range(0.0, 1.0, inactive=inactive, unequal=unequal, coupling=coupling)
+    check_range(0.01, 1e6, dispersion=dispersion)
+    check_range(1.0, 1e6, depth=depth)
     _check_levels(media, times)
     _check_fit(n_cells, n_genes, n_perturbations, len(media) * len(times))
 
@@ -279,25 +281,13 @@ def _labelled(counts: np.ndarray, truth: xr.Dataset, condition: np.ndarray, batc
     return AnnData(csr_matrix(counts, dtype=np.float32), obs=obs, var=pd.DataFrame(index=truth["gene"].values))
 
 
-def _check_whole(**settings: tuple[int, int]) -> None:
-    """Refuse numbers that are not whole or below their least value."""
-    for name, (value, least) in settings.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-
-
-def _check_range(low: float, high: float, **settings: float) -> None:
-    """Refuse numbers that are not finite or outside [low, high]."""
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
-            raise ValueError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}.")
-
-
 def _check_levels(media: Sequence[str], times: Sequence[float]) -> None:
     """Refuse media and times that are not lists of different levels."""
-    if isinstance(media, str) or not all(isinstance(name, str) and name.strip() for name in media):
+    if isinstance(media, str) or not isinstance(media, Iterable) or not all(isinstance(name, str) and name.strip() for name in media):
         raise TypeError(f"media must be a sequence of names such as ('baseline', 'BMP4'); got {media!r}.")
-    _check_range(0.0, 1e6, **{f"times[{i}]": time for i, time in enumerate(times)})
+    if not isinstance(times, Iterable):
+        raise TypeError(f"times must be a sequence of numbers such as (1.0, 2.0); got {times!r}.")
+    check_range(0.0, 1e6, **{f"times[{i}]": time for i, time in enumerate(times)})
     for name, levels in (("media", media), ("times", times)):
         if not len(levels) or len(set(levels)) < len(levels):
             raise ValueError(f"{name} must hold at least one level and none twice; got {levels!r}.")

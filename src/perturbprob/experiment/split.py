@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.reading import some
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_seed, is_within
 from perturbprob.experiment.vocabulary import nearest
 
 
@@ -121,8 +122,9 @@ def hold_out_cells(screen: Screen, share: float = 0.1, seed: int = 0) -> Split:
     Split by cells: 13,403 cells to train on, 1,542 to test on
     """
     require_screen(screen, partial=True)
-    if not 0 < share < 1:
-        raise ValueError(f"share is the share of cells to test on, between 0 and 1; got {share}.")
+    check_seed(seed)
+    if not is_within(share, 0, 1):
+        raise ValueError(f"share is the share of cells to test on, between 0 and 1; got {share!r}.")
     return _cut(screen, np.random.default_rng(seed).random(screen.n_cells) < share, (), "cells")
 
 

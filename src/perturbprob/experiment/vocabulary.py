@@ -154,7 +154,8 @@ def meant(name: str, conditions: Sequence[Protocol]) -> list[str]:
 def nearest(name: object, known: Iterable[str]) -> str:
     """Say which known names are nearest to a misspelt one."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    same = [known for known in names if known.casefold() == str(name).casefold()]
+    close = same or difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -11,6 +11,7 @@ from torch import Tensor
 from perturbprob.dynamics.inverse import invert
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.screen import require_screen
+from perturbprob.experiment.settings import is_within
 from perturbprob.inference.caveats import say_apart
 from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.escape import gone
@@ -70,8 +71,8 @@ def counterfactual(
     check_draws(n_draws)
     if route not in ROUTES:
         raise ValueError(f"Unknown route {route!r}. Use one of {', '.join(map(repr, ROUTES))}.")
-    if not 0 < level < 1:
-        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")
     if route == "inverse" and not fit.model.transition.invertible:
         raise ValueError(f"{type(fit.model.transition).__name__} cannot run backward, so eq 6 has no inverse here. Use route='encoder'.")
     new = known_protocol(fit, protocol)
@@ -110,8 +111,8 @@ def translate(
     """
     require_likelihood(fit, GIVEN_CELLS)
     check_draws(n_draws)
-    if not 0 < level < 1:
-        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")
     names = fit.model.vocabulary
     code = -1 if batch_to == "average" else names.batch_code(batch_to)
     require_screen(cells)

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from perturbprob.experiment.action import Action, Perturbation, Protocol
+from perturbprob.experiment.settings import is_within
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_far
 from perturbprob.inference.draws import check_draws, check_flag, global_draws, require_posterior, warn_if_large
@@ -59,8 +60,8 @@ def do(
     """
     require_posterior(fit, "do judges fold changes")
     check_draws(n_draws)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level must be between 0 and 1; got {level!r}.")
     if not isinstance(fit.model.mark_effect, NetworkEffect):
         raise ValueError("This fit has no network over genes. Fit a causal_context for do, or ask predict or effects of what was done.")
     asked, known = asked_of(fit, protocols, settled=settled)

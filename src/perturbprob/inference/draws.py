@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from perturbprob.experiment.settings import check_seed
+
 if TYPE_CHECKING:
     from perturbprob.inference.fit import Fit
     from perturbprob.model.cell_model import CellModel
@@ -25,10 +27,11 @@ GIVEN_CELLS = "What is asked of given cells goes by the law of their rest states
 
 def check_draws(n_draws: int, name: str = "n_draws") -> None:
     """Refuse a number of draws below 1."""
-    if not isinstance(n_draws, int) or n_draws < 1:
+    if isinstance(n_draws, bool) or not isinstance(n_draws, int) or n_draws < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
 
 
+<<<<<<< HEAD
 def check_flag(value: object, name: str) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
@@ -41,6 +44,8 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
 
 
+=======
+>>>>>>> mend
 def require_fit(fit: object) -> None:
     """Refuse anything but a fit, such as the model it should come from."""
     from perturbprob.inference.fit import Fit

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from perturbprob.experiment.settings import is_within
 from perturbprob.inference.draws import check_draws, global_draws, require_fit
 from perturbprob.model.network_effect import NetworkEffect
 
@@ -32,8 +33,8 @@ def edges(fit: "Fit", *, n_draws: int = 200, level: float = 0.9, seed: int = 0) 
     """
     require_fit(fit)
     check_draws(n_draws)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level must be between 0 and 1; got {level!r}.")
     if not isinstance(fit.model.mark_effect, NetworkEffect):
         raise ValueError("This fit has no network over genes. Fit a causal_context to ask for edges.")
     names, found = fit.model.vocabulary, list(global_draws(fit.model, fit.guide, n_draws, seed))

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.settings import is_within
 from perturbprob.inference.caveats import AliasedWarning
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_posterior, seeded, warn_if_large
 from perturbprob.inference.expectation import Expectation
@@ -65,7 +66,7 @@ def effects(
     check_draws(n_draws)
     if n_draws < 2:
         raise ValueError("effects needs at least 2 draws: fold changes are judged by their posterior deviation.")
-    if not 0 < false_discoveries < 1 or not 0 < prior < 1 or not 0 < level < 1:
+    if not all(is_within(share, 0, 1) for share in (false_discoveries, prior, level)):
         raise ValueError("level, false_discoveries and prior are probabilities between 0 and 1.")
     pairs = _pairs(fit, against)
     n_values = 4 * n_draws * len(pairs) * len(fit.model.vocabulary.genes)

@@ -11,8 +11,9 @@ from torch.quasirandom import SobolEngine
 from perturbprob.dynamics.causal_context import CausalContext
 from perturbprob.dynamics.transition import CellState
 from perturbprob.experiment.action import Protocol
+from perturbprob.experiment.settings import check_seed
 from perturbprob.experiment.vocabulary import Segment
-from perturbprob.inference.draws import Sites, check_seed
+from perturbprob.inference.draws import Sites
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.measurement.exact import ExactLaw
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -19,9 +20,10 @@ from torch import Tensor
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_seed
 from perturbprob.inference.at_rest import AtRestLoss
 from perturbprob.inference.depth import DepthLaw
-from perturbprob.inference.draws import bar, check_seed
+from perturbprob.inference.draws import bar
 from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.model.cell_model import CellModel
@@ -150,9 +152,8 @@ def fit(
     check_seed(seed)
     objective = chosen_objective(objective, distance, model)
     minibatch = _default_minibatch(screen, objective) if minibatch is None else minibatch
-    _check_arguments(
-        model, screen, epochs=epochs, minibatch=minibatch, learning_rate=learning_rate, validation=validation, patience=patience
-    )
+    numbers = {"epochs": epochs, "minibatch": minibatch, "patience": patience, "warmup": warmup}
+    _check_arguments(model, screen, **numbers, learning_rate=learning_rate, validation=validation)
     if objective == "kds" and minibatch < min(screen.n_cells, 2 * len(screen.conditions)):
         raise ValueError(
             f"objective='kds' compares cells of one condition, and a minibatch of {minibatch} holds hardly two of each of the "
@@ -183,9 +184,10 @@ def _default_minibatch(screen: Screen, objective: str) -> int:
 def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
     """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
     for name, value in numbers.items():
-        low, high = {"validation": (0, 0.9), "learning_rate": (1e-8, 1)}.get(name, (1, 10**9))
-        if name not in ("validation", "learning_rate") and not isinstance(value, int):
-            raise ValueError(f"{name} must be a whole number; got {value!r}.")
+        low, high = {"validation": (0, 0.9), "learning_rate": (1e-8, 1), "warmup": (0, 10**9)}.get(name, (1, 10**9))
+        kind, what = (Real, "number") if name in ("validation", "learning_rate") else (int, "whole number")
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {what}; got {value!r}.")
         if not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
     if lacking := sorted(set(model.assays) - set(screen.assays)):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from anndata import AnnData
 
 from perturbprob.experiment.screen import Screen, ScreenWarning
 from perturbprob.inference.caveats import AliasedWarning
@@ -15,8 +16,6 @@ from perturbprob.inference.expectation import interpolated_log1p
 from perturbprob.model.cells import Cells, CellTable
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
     from perturbprob.inference.fit import Fit
 
 
@@ -61,7 +60,7 @@ def _gone(fit: "Fit", table: CellTable, sites: Sites, minibatch: int) -> Iterato
         yield from (gone(fit, table, sites, index, sure=True) for index in torch.arange(table.screen.n_cells).split(minibatch))
 
 
-def to_anndata(fit: "Fit", adata: "AnnData", *, corrected: bool = False) -> "AnnData":
+def to_anndata(fit: "Fit", adata: AnnData, *, corrected: bool = False) -> AnnData:
     """Return a copy of an AnnData with the latent state of each cell; see `Fit.to_anndata`."""
     part = _read(fit, adata)
     states, result = latent(fit, part), adata.copy()
@@ -72,7 +71,7 @@ def to_anndata(fit: "Fit", adata: "AnnData", *, corrected: bool = False) -> "Ann
     return result
 
 
-def _layer(fit: "Fit", adata: "AnnData", part: Screen) -> np.ndarray:
+def _layer(fit: "Fit", adata: AnnData, part: Screen) -> np.ndarray:
     """Return corrected expectations in the genes of an AnnData, NaN in those that the fit does not know."""
     layer = np.full(adata.shape, np.nan, np.float32)
     layer[:, adata.var_names.get_indexer(list(fit.model.vocabulary.genes))] = corrected(fit, part)
@@ -91,8 +90,10 @@ def _say_aliased(fit: "Fit") -> None:
         )
 
 
-def _read(fit: "Fit", adata: "AnnData") -> Screen:
+def _read(fit: "Fit", adata: AnnData) -> Screen:
     """Read an AnnData by the columns and genes of a fit."""
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"to_anndata takes an AnnData; got {type(adata).__name__}. Give the one that the screen was read from.")
     columns = fit.trained_on["columns"]
     if not columns:
         raise ValueError(

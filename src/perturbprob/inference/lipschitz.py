@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from perturbprob.dynamics.neighbours import gradient_constant, map_constant
+from perturbprob.experiment.settings import check_seed, is_within
 from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.predict import labelled
 from perturbprob.model.cells import Cells, CellTable
@@ -56,11 +57,12 @@ def lipschitz_constant(
     require_likelihood(fit, GIVEN_CELLS)
     check_draws(n_draws)
     check_draws(n_cells, "n_cells")
+    check_seed(seed)
     kinds = [of] if isinstance(of, str) else list(of)
     if not kinds or not set(kinds) <= set(CONSTANTS):
         raise ValueError(f"of={of!r}: use 'map' or 'gradient', or both.")
-    if not 0 < level < 1:
-        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")
     table = CellTable(fit.model, screen)
     chosen = _chosen(screen, n_cells if fit.model.start is None else 1, seed)  # a known start is the same for all cells
     cells, condition, draws = table.cells(chosen), torch.as_tensor(screen.condition)[chosen], []

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perturbprob.experiment.action import Action, Protocol
+from perturbprob.experiment.settings import is_within
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_aliased, say_apart, say_far, say_untested
 from perturbprob.inference.draws import Sites, check_draws, check_flag, global_draws, require_fit, seeded, warn_if_large
@@ -171,8 +172,8 @@ def _check_choices(interval: str, level: float, n_cells: int | None) -> None:
         raise ValueError(
             "interval='observed' goes with n_cells=, the number of cells (at least 1) whose mean is observed; 'mean' goes without."
         )
-    if not 0 < level < 1:
-        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")
 
 
 def conditions_of(fit: "Fit", conditions: Protocol | Action | Sequence[Protocol | Action] | None) -> list[Protocol]:

@@ -12,6 +12,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Action, Protocol, Wait
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_seed, is_within
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.caveats import say_far, say_untested
 from perturbprob.inference.do import asked_of, timed
@@ -50,8 +51,8 @@ def rank_perturbations(
     - ``target_state``: cells in the desired state (a Screen of conditions and batches that the fit knows; each is seen through
       q(z₀ | x) and its own protocol, or as measured where values are continuous), or the wanted change of some genes in log rate
       against doing nothing, gene by gene (a Series or mapping); only these genes then count.
-    - ``candidates``: protocols, as in `predict`. Default: every single perturbation of the fit, for the longest time that it has
-      seen. A fit of `causal_context` takes perturbations of any gene, as `do` does.
+    - ``candidates``: protocols, as in `predict`; one given twice is taken once. Default: every single perturbation of the fit, for the
+      longest time that it has seen. A fit of `causal_context` takes perturbations of any gene, as `do` does.
     - ``start``: cells to begin with, diseased ones say. They go on from where their own protocol has brought them. Default: cells at rest.
     - ``settled``: cells are left alone for good behind the protocol, which needs a network, as in `do`.
 
@@ -73,10 +74,12 @@ def rank_perturbations(
     """
     require_posterior(fit, "rank_perturbations judges protocols")
     check_draws(n_draws)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1; got {level}.")
+    check_seed(seed)
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level must be between 0 and 1; got {level!r}.")
     _check_start(fit, start)
     asked, known = asked_of(fit, _each(fit, start, settled=settled) if candidates is None else candidates, settled=settled)
+    known = list({_written(p): p for p in known}.values())
     say_untested(fit)
     nothing = Protocol() if settled else Protocol([Wait(max(p.time for p in known))])
     origins, cells = ([Protocol()], _at_rest(fit, seed)) if start is None else _rest_of(fit, start)
@@ -199,11 +202,13 @@ def _wanted(
             "target_state is a Screen of cells in the desired state, or the wanted changes in log rate by gene, such as "
             f"{{{genes[0]!r}: -0.5}}; got {type(target).__name__}{' without a gene' if isinstance(target, pd.Series | Mapping) else ''}."
         )
-    shift = pd.Series(target, dtype=float)
+    given = pd.Series(target)
+    shift = pd.to_numeric(given, errors="coerce")
     if unknown := [name for name in shift.index if name not in genes]:
         raise ValueError(f"target_state names {unknown[0]!r}, which is no gene of the fit. {nearest(unknown[0], genes)}")
-    if not shift.index.is_unique or not (shift.abs() < torch.inf).all():
-        raise ValueError("target_state must hold one finite change in log rate for each gene it names.")
+    if len(wrong := given[given.index.duplicated() | ~(shift.abs() < torch.inf)]):
+        found = f"{wrong.iloc[0]} for {wrong.index[0]!r}"
+        raise ValueError(f"target_state must hold one finite change in log rate for each gene it names; got {found}.")
     place = torch.tensor([genes.index(name) for name in shift.index])
     moved = torch.zeros(len(genes)).index_copy(0, place, torch.tensor(shift.to_numpy(), dtype=torch.float32))
     return lambda _, __, nothing: nothing + moved.to(nothing), place, None

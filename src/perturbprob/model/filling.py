@@ -22,6 +22,7 @@ from perturbprob.dynamics.transition import Transition
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_seed
 from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.assays import AssayHead, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
@@ -143,11 +144,12 @@ def make(
 ) -> CellModel:
     """Return the model of a structure, ``own`` being its own arguments; refuse what does not fit the screen."""
     require_screen(screen, partial=True)
+    check_seed(seed)
     if screen.values == "continuous" and n_latent not in (None, screen.n_genes):
         raise ValueError(f"Continuous values are modelled in gene space, one latent axis for each gene: leave n_latent={n_latent} out.")
     n_latent = 10 if n_latent is None else n_latent
     for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
     arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
     facts = _facts(screen, _penetrance(screen, penetrance)) | {"assumptions": bind(assumptions, screen.with_rna)}

@@ -1,11 +1,13 @@
 """Structures: named fillings of `CellModel`'s slots."""
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 from torch import nn
 
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import is_within
 from perturbprob.model.assumptions import Assumption, UneditedStable
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.filling import SHIFTS, make
@@ -140,7 +142,7 @@ def neural_sde(
     require_screen(screen, partial=True)
     if screen.values == "continuous":
         raise ValueError("neural_sde is about how cells differ, and a row of continuous values is a mean of cells: use node.")
-    if not isinstance(n_steps, int) or n_steps < 1:
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
         raise ValueError(f"n_steps must be a whole number of at least 1, and without noise it is node; got {n_steps!r}.")
     if any(isinstance(a, UneditedStable) for a in assumptions):
         raise ValueError("UneditedStable says that unedited cells stay as they are, and the noise of neural_sde moves them: leave one out.")
@@ -230,8 +232,8 @@ def stationary(screen: Screen, *, edge_scale: float = 0.1, seed: int = 0) -> Cel
     require_screen(screen, partial=True)
     _check_genes("stationary", screen, MOST_AT_REST)
     require_at_rest(screen)
-    if not edge_scale > 0:
-        raise ValueError(f"edge_scale is how large weights are and must be above 0; got {edge_scale}.")
+    if not is_within(edge_scale, 0, math.inf):
+        raise ValueError(f"edge_scale is how large weights are and must be a finite number above 0; got {edge_scale!r}.")
     n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
     own = {"edge_scale": edge_scale, "n_waits": n_waits, "n_latent": 0, "measurement": "exact"}
     return make(

@@ -12,6 +12,7 @@ from torch.quasirandom import SobolEngine
 
 from perturbprob.experiment.action import Protocol, Wait
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_seed
 from perturbprob.inference.draws import GIVEN_CELLS, Sites, check_draws, global_draws, require_likelihood, seeded
 from perturbprob.inference.projected import Projected, projected
 
@@ -93,6 +94,7 @@ def batch_error(fit: "Fit", screen: Screen, *, n_draws: int = 20, n_points: int 
     require_screen(screen)
     check_draws(n_draws)
     check_draws(n_points, "n_points")
+    check_seed(seed)
     batches = fit.model.vocabulary.batches[: fit.model.batch_effect.n_batches]
     if len(batches) == 1:
         raise ValueError("The fit has one batch: how far batches differ was never seen, so there is no error to work out.")

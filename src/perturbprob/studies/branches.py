@@ -14,6 +14,7 @@ from torch import Tensor
 from perturbprob.experiment.action import Action, Protocol
 from perturbprob.experiment.reading import named_values
 from perturbprob.experiment.screen import require_screen
+from perturbprob.experiment.settings import is_within
 from perturbprob.inference.draws import check_draws, global_draws, require_fit, seeded
 from perturbprob.inference.escape import population
 from perturbprob.inference.latent import latent
@@ -61,8 +62,8 @@ def branch_shares(
     require_screen(screen)
     check_draws(n_draws)
     protocols = conditions_of(fit, conditions)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level must be between 0 and 1; got {level!r}.")
     names, centre, whiten = _discriminant(fit, screen, _labels(branches, screen))
     parts = [(c, part) for c, p in enumerate(protocols) for part in population(fit, p)]
     of, segments = (

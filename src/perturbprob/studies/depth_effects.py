@@ -12,6 +12,7 @@ from scipy.special import ndtr, ndtri
 
 from perturbprob.experiment.moments import Moments, membership
 from perturbprob.experiment.screen import require_screen
+from perturbprob.experiment.settings import is_within
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -51,8 +52,8 @@ def depth_effects(screen: "Screen", *, total: ArrayLike | None = None, level: fl
     edited = [bool(p.perturbations) for p in screen.conditions]
     if all(edited) or not any(edited):
         raise ValueError("depth_effects compares perturbed cells with control cells, and this screen lacks one of them.")
-    if not 0 < level < 1:
-        raise ValueError(f"level is a probability between 0 and 1; got {level}.")
+    if not is_within(level, 0, 1):
+        raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")
     _say_apart(screen)
     depth, asked = _Depth(screen, logs), _asked(screen)
     evidence, mean, variance = (np.stack(part) for part in zip(*(depth.posterior(tau, asked) for tau in SPREADS), strict=True))
