@@ -31,21 +31,12 @@ def check_draws(n_draws: int, name: str = "n_draws") -> None:
         raise ValueError(f"{name} must be a whole number of at least 1; got {n_draws!r}.")
 
 
-<<<<<<< HEAD
 def check_flag(value: object, name: str) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is True or False; got {value!r}.")
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that random number generators do not take."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
-
-
-=======
->>>>>>> mend
 def require_fit(fit: object) -> None:
     """Refuse anything but a fit, such as the model it should come from."""
     from perturbprob.inference.fit import Fit
