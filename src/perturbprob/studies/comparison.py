@@ -37,8 +37,8 @@ def compare(
     - ``error``: mean square over conditions and genes of predicted minus observed mean of log(1 + count), cells in their own batch;
       NaN for continuous values, as are the next two.
     - ``direction``: mean over perturbed conditions of the correlation over genes of predicted and observed change of that mean from control
-      cells of the same media and time, in the same batches where there are any, of the test screen and the screens trained on. Each side
-      takes another half of these cells, so where nothing changes it is about 0. ``discrimination``: mean over perturbed conditions of the
+      cells of the same media and time, in the same batches where there are any, of the test screen and the screens trained on. Both
+      sides have the noise of these cells, so that few of them make it too large. ``discrimination``: mean over perturbed conditions of the
       share of the others of the same media and time that the prediction is further from, edited genes left out; 0.5 by chance.
       Both are NaN where there is nothing to compare with (`perturbprob.studies.metrics`).
     - ``coverage``: the share of conditions and genes whose observed mean lies inside the central 90 % of screens replicated from rest.

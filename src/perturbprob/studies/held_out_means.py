@@ -21,7 +21,7 @@ NAMES = ("error", "direction", "discrimination")
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """Means of log(1 + count) over the cells of each condition of a test screen, ``observed``, and over two halves of ``control`` cells.
+    """Means of log(1 + count) over the cells of each condition of a test screen, ``observed``, and over the ``control`` cells beside it.
 
     ``cells`` holds how many cells of each condition are in each batch. Control of the same media and time is weighted over batches as
     the condition is; a batch without control cells takes those of all batches. NaN where there are none.
@@ -30,7 +30,7 @@ class Means:
     test: "Screen"
     cells: Int64[np.ndarray, "condition batch"]
     observed: Float[np.ndarray, "condition gene"]
-    control: tuple[Float[np.ndarray, "condition gene"], Float[np.ndarray, "condition gene"]]
+    control: Float[np.ndarray, "condition gene"]
 
     @classmethod
     def of(cls, test: "Screen", others: Sequence["Screen"] = ()) -> "Means":
@@ -40,7 +40,7 @@ class Means:
         cells = np.zeros((n, len(test.batches)), dtype=np.int64)
         np.add.at(cells, (test.condition, test.batch), 1)
         if test.values != "counts":
-            return cls(test, cells, (nothing := np.full((n, test.n_genes), np.nan)), (nothing, nothing))
+            return cls(test, cells, (nothing := np.full((n, test.n_genes), np.nan)), nothing)
         observed = (membership(test.condition, n) @ test.counts.log1p()).toarray() / cells.sum(1)[:, None]
         known, names = dict[tuple[Protocol, str], list[Any]](), set[str]()
         for screen in (test, *(other.with_rna for other in others)):
@@ -51,16 +51,16 @@ class Means:
                     rows = np.flatnonzero(new & (screen.condition == code) & (screen.batch == b))
                     known.setdefault((condition, batch), []).append(screen.counts[rows].log1p().toarray())
         control = {key: np.concatenate(rows) for key, rows in known.items() if sum(map(len, rows))}
-        return cls(test, cells, observed, (cls._beside(test, cells, control, 0), cls._beside(test, cells, control, 1)))
+        return cls(test, cells, observed, cls._beside(test, cells, control))
 
     @staticmethod
     def _beside(
-        test: "Screen", cells: Int64[np.ndarray, "condition batch"], control: dict[tuple[Protocol, str], np.ndarray], half: int
+        test: "Screen", cells: Int64[np.ndarray, "condition batch"], control: dict[tuple[Protocol, str], np.ndarray]
     ) -> Float[np.ndarray, "condition gene"]:
-        """Return the mean of every other control cell beside each condition."""
+        """Return the mean of the control cells beside each condition."""
         found = np.full((len(test.conditions), test.n_genes), np.nan)
         for row, (condition, weight) in enumerate(zip(test.conditions, cells, strict=True)):
-            rows = {batch: part[half::2] for (c, batch), part in control.items() if c == condition.unperturbed() and len(part) > 1}
+            rows = {batch: part for (c, batch), part in control.items() if c == condition.unperturbed()}
             if rows:
                 whole = np.concatenate(list(rows.values())).mean(0)
                 each = np.stack([rows[batch].mean(0) if batch in rows else whole for batch in test.batches])
@@ -72,7 +72,7 @@ class Means:
         if self.test.values != "counts":
             return dict.fromkeys(NAMES, np.nan)
         predicted, edited = self._predicted(fit, how), np.array([bool(c.perturbations) for c in self.test.conditions])
-        change = (mean[edited] - beside[edited] for mean, beside in zip((predicted, self.observed), self.control, strict=True))
+        change = (mean[edited] - self.control[edited] for mean in (predicted, self.observed))
         return {
             "error": float(mean_square_error(predicted, self.observed).mean()),
             "direction": _mean(direction(*change)),

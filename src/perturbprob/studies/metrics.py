@@ -22,8 +22,8 @@ def direction(
 ) -> Float[np.ndarray, " condition"]:
     """Return Pearson's correlation over genes of predicted and observed changes; NaN where one is, or does not differ between genes.
 
-    Changes from one and the same measured reference share its noise, and are then alike even where nothing changed: take halves of the
-    reference cells.
+    Changes from one and the same measured reference share its noise, and a prediction that does not know it looks alike even where nothing
+    changed: the fewer cells the reference has, the less 0 is where nothing is known.
 
     >>> direction(np.array([[1.0, 2.0, 4.0]]), np.array([[2.0, 4.0, 8.0]])).round(6)
     array([1.])
