@@ -370,6 +370,12 @@ def test_a_score_sheet_is_drawn_with_its_errors_the_best_on_top_and_without_fits
         plots.compare(pd.DataFrame({"error": [0.0]}))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_only_a_score_sheet_is_drawn_as_one(screen):
+    with pytest.raises(TypeError, match=r"plots.compare draws what compare returned; got Screen\. Draw pb.compare"):
+        plots.compare(screen)
+
+
 def test_branches_name_every_state_and_what_is_missing(screen):
     texts = " ".join(text.get_text() for text in plots.branches(screen).axes[0].texts)
     for name in (*screen.perturbations, *screen.media, "X"):

@@ -68,7 +68,7 @@ def test_what_has_no_prior_of_counts_is_refused(template: pb.Screen) -> None:
         pb.prior_screen(pb.stationary(late), late)
     with pytest.raises(ValueError, match="make it without penetrance="):
         pb.prior_screen(pb.node(template, n_latent=2, penetrance=True), template)
-    with pytest.raises(ValueError, match="strength is how many times as hard as drawn perturbations push, 0 or more; got -1"):
+    with pytest.raises(ValueError, match=r"strength must be a number from 0 to 1e\+06; got -1\.0"):
         pb.prior_screen(pb.node(template, n_latent=2), template, strength=-1.0)
     means = template.pseudobulk()
     with pytest.raises(ValueError, match="draws counts of RNA"):

@@ -58,6 +58,8 @@ def compare(table: pd.DataFrame, *, ax: "matplotlib.axes.Axes | None" = None) ->
     >>> [label.get_text() for label in pb.plots.compare(table).axes[0].get_yticklabels()]
     ['node', 'vae']
     """
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"plots.compare draws what compare returned; got {type(table).__name__}. Draw pb.compare(fits, test).")
     if not {"difference", "standard_error"} <= set(table.columns):
         found = ", ".join(map(str, table.columns)) or "none"
         raise ValueError(f"plots.compare draws what compare returned; this table has the columns {found}. Draw pb.compare(fits, test).")

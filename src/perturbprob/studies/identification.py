@@ -9,6 +9,7 @@ from scipy.sparse import csr_array
 from torch import nn
 
 from perturbprob.experiment.screen import Screen, require_screen
+from perturbprob.experiment.settings import check_range
 from perturbprob.inference.draws import global_draws
 from perturbprob.measurement.exact import Exact
 from perturbprob.model.cell_model import CellModel
@@ -38,8 +39,7 @@ def prior_screen(model: CellModel, template: Screen, seed: int = 0, *, strength:
     ((200, 10), True)
     """
     _check(model, template)
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"strength is how many times as hard as drawn perturbations push, 0 or more; got {strength}.")
+    check_range(0.0, 1e6, strength=strength)
     model = copy.deepcopy(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
