@@ -114,6 +114,16 @@ def genes_of(label: str, words: frozenset[str] = _CONTROL) -> tuple[str, ...]:
     return () if _plain(label) in words else tuple(part.strip() for part in label.split("+") if _plain(part) not in words)
 
 
+def perturbation_of(label: str, known: Collection[str], control: str) -> str:
+    """Return the name that a screen gives what a user calls a perturbation, or "control"; a ``known`` name is itself, never control.
+
+    >>> perturbation_of("SPI1+CEBPA", (), "control"), perturbation_of("KLF1+ctrl", (), "control"), perturbation_of("NT", (), "control")
+    ('CEBPA+SPI1', 'KLF1', 'control')
+    """
+    words = words_for_control([control]) if label not in known else frozenset()
+    return "+".join(sorted(set(genes_of(label, words)))) or "control"
+
+
 def control_words(control: object) -> tuple[str, ...]:
     """Return the user's words for control as a tuple; refuse anything but text."""
     words = (control,) if isinstance(control, str) else tuple(control) if isinstance(control, Iterable) else (control,)

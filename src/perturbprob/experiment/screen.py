@@ -307,8 +307,7 @@ class Screen:
         (1182, 284)
         """
         if isinstance(condition, str):
-            words = reading.words_for_control([self.control]) if condition not in self.perturbations else frozenset()
-            name = "+".join(sorted(set(reading.genes_of(condition, words)))) or "control"
+            name = reading.perturbation_of(condition, self.perturbations, self.control)
             wanted, known = [p.perturbation == name for p in self.conditions], ["control", *self.perturbations]
         else:
             protocol = condition.with_baseline(self.baseline)
