@@ -10,6 +10,7 @@ LEFT_OF = {
     "experiment": set(),
     "dynamics": {"experiment"},
     "measurement": {"experiment"},
+    "response": {"experiment"},
     "model": {"experiment", "dynamics", "measurement"},
 }
 for room, left in [
@@ -21,7 +22,7 @@ for room, left in [
     ("cli", "demo"),
     ("__main__", "cli"),
 ]:
-    LEFT_OF[room] = LEFT_OF[left] | {left}
+    LEFT_OF[room] = LEFT_OF[left] | {left} | ({"response"} if room == "studies" else set())
 
 # A fit hands over its own report: `fit.report("report.html")` is what a user looks for, and the report draws with plots.
 EXCEPTIONS = {("inference/fit.py", "Fit.report", "report")}

@@ -60,6 +60,7 @@ from perturbprob.model import (  # noqa: E402
     stationary,
     vae,
 )
+from perturbprob.response import GaussianResponse, gaussian_response  # noqa: E402
 from perturbprob.studies import (  # noqa: E402
     BatchPrior,
     baselines,
@@ -88,6 +89,7 @@ __all__ = [
     "CellModel",
     "ExchangeableBatches",
     "Fit",
+    "GaussianResponse",
     "IllConditioned",
     "Interference",
     "Knockout",
@@ -120,6 +122,7 @@ __all__ = [
     "effects",
     "false_hits",
     "fit",
+    "gaussian_response",
     "hit_probability",
     "improve_layout",
     "lipschitz_constant",

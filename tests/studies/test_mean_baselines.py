@@ -12,9 +12,7 @@ import perturbprob as pb
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.split import Split, hold_out_time
 from perturbprob.studies.baselines import MEAN_BASELINES
-from perturbprob.studies.hierarchical_gaussian import _Data, _Place, _Prior
 from perturbprob.studies.mean_baselines import noise_floor
-from perturbprob.studies.time_course import TimeCourse
 
 Baseline = Callable[[pb.Screen, Sequence[pb.Protocol]], xr.DataArray]
 PAPER = ["JARID2", "ZNF649", "ZNF90", "POU5F1", "RUNX1T1", "ZNF398", "SOX2", "PRDM14", "MYC", "VENTX", "ZIC2"]
@@ -300,50 +298,6 @@ def test_conditions_are_a_list_of_protocols(part: Split, unchecked: None) -> Non
         pb.baselines.last_time("screen", part.held_out)
 
 
-@pytest.fixture(scope="module")
-def gaussian(part: Split) -> tuple[TimeCourse, _Data, _Prior]:
-    """The data of one media and a prior somewhere on its way."""
-    course = TimeCourse.of(part.train, None)
-    prior = _Prior(*course.mean.shape)
-    with torch.no_grad():
-        for k, parameter in enumerate(prior.parameters()):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    return course, _Data.of(course, np.ones(course.mean.shape[2])), prior
-
-
-def _dense_covariances(course: TimeCourse, data: _Data, prior: _Prior) -> torch.Tensor:
-    """Return the covariance of every gene's means, written out."""
-    noise = torch.diag(1 / torch.tensor(course.cells[course.seen], dtype=torch.float64)) + data.day_covariance(data.place, data.place)
-    return prior.log_scale.exp()[:, None, None] * prior(data.place, data.place) + noise
-
-
-def test_the_likelihood_of_the_hierarchical_model_is_that_of_dense_normals(gaussian: tuple[TimeCourse, _Data, _Prior]) -> None:
-    course, data, prior = gaussian
-    parameters = list(prior.parameters())
-
-    def dense() -> torch.Tensor:
-        zero = torch.zeros(len(data.residual), dtype=torch.float64)
-        normal = torch.distributions.MultivariateNormal(zero, _dense_covariances(course, data, prior))
-        return prior.penalty() - normal.log_prob(data.residual.T).sum()
-
-    start = data.loss(prior).item() - dense().item()
-    for ours, theirs in zip(torch.autograd.grad(data.loss(prior), parameters), torch.autograd.grad(dense(), parameters), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
-    with torch.no_grad():
-        parameters[0] += 0.1
-    assert data.loss(prior).item() - dense().item() == pytest.approx(start, rel=1e-10)
-
-
-def test_the_hierarchical_prediction_is_the_conditional_mean_of_dense_normals(gaussian: tuple[TimeCourse, _Data, _Prior]) -> None:
-    course, data, prior = gaussian
-    asked = _Place(torch.tensor([1, 2, 3]), torch.tensor([2, 2, 1]))
-    with torch.no_grad():
-        solved = torch.linalg.solve(_dense_covariances(course, data, prior), data.residual.T[..., None])[..., 0].T
-        across = prior.log_scale.exp()[:, None, None] * prior(asked, data.place) + data.day_covariance(asked, data.place)
-        expected = data.centre + torch.einsum("gac,cg->ag", across, solved)
-    assert torch.allclose(data.posterior_mean(prior, asked), expected, rtol=1e-8, atol=1e-10)
-
-
 def test_the_hierarchical_model_is_the_same_twice_and_leaves_torch_alone(part: Split) -> None:
     torch.manual_seed(1)
     asked = part.held_out[:1]
@@ -352,9 +306,3 @@ def test_the_hierarchical_model_is_the_same_twice_and_leaves_torch_alone(part: S
     torch.manual_seed(1)
     assert torch.rand(1) == drawn
     assert first.identical(pb.baselines.hierarchical_gaussian(part.train, asked))
-
-
-def test_control_has_no_deviation_from_its_day(gaussian: tuple[TimeCourse, _Data, _Prior]) -> None:
-    _, data, prior = gaussian
-    control = _Place(torch.tensor([0]), torch.tensor([1]))
-    assert (prior(control, data.place) == 0).all()

@@ -20,12 +20,12 @@ from jaxtyping import Float
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.studies.hierarchical_gaussian import hierarchical_gaussian
-from perturbprob.studies.time_course import Means, Rows, TimeCourse, predict_means
+from perturbprob.studies.time_course import Means, Posterior, Rows, TimeCourse, predict_means
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
 
-Predictor = Callable[..., Means]
+Predictor = Callable[..., Means | Posterior]
 Grid = list[dict[str, float]]
 
 FOLDS = 4
@@ -110,7 +110,8 @@ def shrunk_offset(train: "Screen", conditions: Sequence[Protocol]) -> xr.DataArr
 
     r = ½ (Y[c, t] + Y[c, t − 1] + drift), with the drift of `last_time_drift`; m is the mean of δ[p, ·] over the earlier times with weights
     1 / (V / n[p, ·] + V / n[c, ·]), V the variance between cells of one condition, pooled for each time and gene; s² is the variance of
-    m; τ², one for each perturbation, is the mean over genes of m² − s², at least 10⁻⁶ (empirical Bayes, by moments).
+    m; τ², one for each perturbation, is the mean over genes of m² − s², at least 10⁻⁶ (empirical Bayes, by moments). The coordinate ``sd``
+    is that of the effect given m, (1 / τ² + 1 / s²)^(−½): r is taken for known, and the effect for lasting.
 
     >>> from perturbprob.experiment import datasets, split
     >>> part = split.hold_out_time(datasets.ishikawa2023(), 5, ["NANOG"])
@@ -202,7 +203,7 @@ def _from_history(
 ) -> xr.DataArray:
     """Predict from the perturbations that were seen at every earlier time, with the numbers of the grid that validate best."""
 
-    def method(course: TimeCourse, asked: list[Protocol]) -> Means:
+    def method(course: TimeCourse, asked: list[Protocol]) -> Means | Posterior:
         """Check, tune, predict."""
         for protocol in asked:
             course.check_history(protocol)
@@ -231,7 +232,9 @@ def _tuned(predictor: Predictor, course: TimeCourse, grid: Grid) -> dict[str, fl
 
 def _error(predictor: Predictor, course: TimeCourse, rows: Rows, tuned: dict[str, float]) -> float:
     """Return the squared error on rows whose last time is hidden."""
-    return float(((predictor(course.hiding(rows), rows, **tuned) - course.mean[rows, -1]) ** 2).sum())
+    found = predictor(course.hiding(rows), rows, **tuned)
+    mean = found.mean if isinstance(found, Posterior) else found
+    return float(((mean - course.mean[rows, -1]) ** 2).sum())
 
 
 def _drift(course: TimeCourse) -> Float[np.ndarray, " gene"]:
@@ -249,15 +252,15 @@ def _reference(course: TimeCourse) -> Float[np.ndarray, " gene"]:
     return (course.mean[0, -1] + course.mean[0, -2] + _drift(course)) / 2
 
 
-def _shrunk_offset(course: TimeCourse, rows: Rows) -> Means:
-    """Return the reference and the shrunken mean offset."""
+def _shrunk_offset(course: TimeCourse, rows: Rows) -> Posterior:
+    """Return the reference and the shrunken mean offset, and how far that may be off."""
     noise = course.pooled_variance[:-1] / course.cells[:, :-1, None]
     # a gene without any variance has no noise to weigh by: all its means are equal
     precision = 1 / np.maximum(noise[rows] + noise[0], np.finfo(float).tiny ** 0.5)
     total = precision.sum(1)
     mean = (precision * course.offsets[rows, :-1]).sum(1) / total
     spread = np.maximum((mean**2 - 1 / total).mean(1, keepdims=True), SMALLEST_SPREAD)
-    return _reference(course) + mean * spread / (spread + 1 / total)
+    return Posterior(_reference(course) + mean * spread / (spread + 1 / total), np.sqrt(spread / (spread * total + 1)))
 
 
 def _denoised_offset(course: TimeCourse, rows: Rows, rank: int) -> Means:

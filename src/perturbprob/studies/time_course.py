@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import xarray as xr
@@ -16,6 +16,13 @@ from perturbprob.experiment.vocabulary import nearest
 
 Rows = Int[np.ndarray, " row"]
 Means = Float[np.ndarray, "row gene"]
+
+
+class Posterior(NamedTuple):
+    """Predicted means, and the standard deviation of what is not known of them."""
+
+    mean: Means
+    sd: Means
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,20 +137,24 @@ def _name(perturbations: tuple[Perturbation, ...]) -> str:
 
 
 def predict_means(
-    train: Screen, conditions: Sequence[Protocol], name: str, method: Callable[[TimeCourse, list[Protocol]], Means]
+    train: Screen, conditions: Sequence[Protocol], name: str, method: Callable[[TimeCourse, list[Protocol]], Means | Posterior]
 ) -> xr.DataArray:
     """Return what ``method`` predicts for the conditions, media by media and time by time, dims (condition, gene).
 
-    ``method`` gets the course of a media that ends at the time, and the conditions of that media and time. Raises ValueError for a
-    protocol that does not do everything at one instant and then wait.
+    ``method`` gets the course of a media that ends at the time, and the conditions of that media and time; it may say how sure it is.
+    Raises ValueError for a protocol that does not do everything at one instant and then wait.
     """
     protocols, bulk = check_conditions(train, conditions), pseudobulk(train)
-    values = np.empty((len(protocols), train.n_genes))
+    values, sd = np.empty((len(protocols), train.n_genes)), None
     for media, time in dict.fromkeys((p.media, p.time) for p in protocols):
         index = [k for k, p in enumerate(protocols) if (p.media, p.time) == (media, time)]
         course = TimeCourse.of(train, media, bulk).ending(time)
-        values[index] = method(course, [protocols[k] for k in index])
-    return label_means(train, protocols, values, name)
+        found = method(course, [protocols[k] for k in index])
+        if isinstance(found, Posterior):
+            sd = np.empty_like(values) if sd is None else sd
+            sd[index], found = found.sd, found.mean
+        values[index] = found
+    return label_means(train, protocols, values, name, sd)
 
 
 def check_conditions(train: Screen, conditions: Sequence[Protocol]) -> list[Protocol]:
@@ -165,7 +176,10 @@ def check_conditions(train: Screen, conditions: Sequence[Protocol]) -> list[Prot
     return protocols
 
 
-def label_means(train: Screen, protocols: Sequence[Protocol], values: Float[np.ndarray, "condition gene"], name: str) -> xr.DataArray:
-    """Name the conditions and genes of predicted means."""
+def label_means(
+    train: Screen, protocols: Sequence[Protocol], values: Float[np.ndarray, "condition gene"], name: str, sd: Means | None = None
+) -> xr.DataArray:
+    """Name the conditions and genes of predicted means; ``sd`` says how sure they are, where that is known."""
     attrs = {"baseline": name, "scale": "log1p", "units": "mean of log(1 + count)"}
-    return xr.DataArray(values, condition_coordinates(train, protocols), ("condition", "gene"), "mean", attrs)
+    coordinates = condition_coordinates(train, protocols) | ({} if sd is None else {"sd": (("condition", "gene"), sd)})
+    return xr.DataArray(values, coordinates, ("condition", "gene"), "mean", attrs)
