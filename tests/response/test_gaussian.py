@@ -9,7 +9,7 @@ import torch
 
 import perturbprob as pb
 from perturbprob.experiment.pseudobulk import pseudobulk
-from perturbprob.response.gaussian import _Table
+from perturbprob.response.gaussian import Table, prior_of
 from perturbprob.response.prior import STRUCTURES, ResponsePrior
 from perturbprob.response.rows import Place, Rows
 
@@ -30,14 +30,14 @@ def response(small: pb.Screen) -> pb.GaussianResponse:
 
 def somewhere(rows: Rows, name: str) -> ResponsePrior:
     """Return a prior somewhere on its way."""
-    prior = ResponsePrior(STRUCTURES[name], rows.times, len(rows.media), len(rows.perturbations), rows.values.shape[1])
+    prior = prior_of(rows, name)
     with torch.no_grad():
         for k, parameter in enumerate(prior.parameters()):
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     return prior
 
 
-def dense(rows: Rows, table: _Table, prior: ResponsePrior) -> torch.Tensor:
+def dense(rows: Rows, table: Table, prior: ResponsePrior) -> torch.Tensor:
     """Return the covariance of every gene's means, written out."""
     noise = torch.tensor(rows.noise).diag() + table.group_covariance(table.place, table.place)
     return prior.log_scale.exp()[:, None, None] * prior(table.place, table.place) + noise
@@ -46,7 +46,7 @@ def dense(rows: Rows, table: _Table, prior: ResponsePrior) -> torch.Tensor:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_likelihood_and_its_gradient_are_those_of_dense_normals(name: str, small: pb.Screen) -> None:
     rows = Rows.of(small)
-    table, prior = _Table.of(rows), somewhere(rows, name)
+    table, prior = Table.of(rows), somewhere(rows, name)
     parameters = list(prior.parameters())
 
     def reference() -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_dense_normals(name: str, s
 
 def test_predictions_are_conditional_moments_of_dense_normals(small: pb.Screen) -> None:
     rows = Rows.of(small)
-    table, prior = _Table.of(rows), somewhere(rows, "free, alike + changing")
+    table, prior = Table.of(rows), somewhere(rows, "free, alike + changing")
     asked = rows.at([p for p in small.conditions if p.perturbations][:3], [small.batches[0]] * 3)
     with torch.no_grad():
         across = prior.log_scale.exp()[:, None, None] * prior(asked, table.place) + table.group_covariance(asked, table.place)

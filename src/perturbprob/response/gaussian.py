@@ -36,7 +36,8 @@ def gaussian_response(screen: Screen, structures: Sequence[str] = tuple(STRUCTUR
     `ResponsePrior`: a size for each perturbation, resemblance between perturbations, a way through time, and a part that does not
     persist. Its parameters are fitted to the marginal likelihood (δ, group and noise integrated out) by 250 steps of Adam from a fixed
     start, with weak priors; one eigendecomposition a step serves every gene. ``structures`` are names of `STRUCTURES`, ways in which
-    effects go on: predictions are averages over them with equal weights, and where they disagree the interval is wider.
+    effects go on: predictions are averages over them, weighted for each condition by one over their variance, and where they disagree the
+    interval is wider.
 
     ``screen`` holds counts, of which means of log(1 + count) are taken, or continuous values with standard errors or cells behind. It
     is linear and Gaussian, a Gaussian process over conditions, and knows no cells: it has no density of a cell, no batch effect that
@@ -54,9 +55,9 @@ def gaussian_response(screen: Screen, structures: Sequence[str] = tuple(STRUCTUR
         if name not in STRUCTURES:
             raise ValueError(f"Unknown structure {name!r}. {nearest(name, STRUCTURES)}")
     rows = Rows.of(screen)
-    table = _Table.of(rows)
+    table = Table.of(rows)
     bar = tqdm(dict.fromkeys(structures), "gaussian_response", disable=not progress)
-    return GaussianResponse(rows, {name: _fitted(table, rows, name) for name in bar})
+    return GaussianResponse(rows, {name: fitted(table, prior_of(rows, name)) for name in bar})
 
 
 @final
@@ -108,11 +109,14 @@ class GaussianResponse:
             raise ValueError(f"level is a probability between 0 and 1; got {level!r}.")
         place = self.rows.at([p for p, own in zip(protocols, batches, strict=True) for _ in own], [b for own in batches for b in own])
         weight = torch.block_diag(*(torch.full((1, len(own)), 1 / len(own), dtype=torch.float64) for own in batches))
-        table = _Table.of(self.rows)
+        table = Table.of(self.rows)
         each = [table.posterior(prior, place, weight) for prior in self.priors.values()]
         means, variances = (np.stack([getattr(one, name).numpy() for one in each]) for name in ("mean", "variance"))
-        variance = variances.mean(0) + means.var(0) + (0 if n_cells is None else 1 / n_cells)
-        mean, sd = means.mean(0) * self.rows.scale, np.sqrt(variance) * self.rows.scale
+        share = 1 / np.maximum(variances.mean(2, keepdims=True), 1e-12)
+        share /= share.sum(0)
+        mean = (share * means).sum(0)
+        variance = (share * (variances + (means - mean) ** 2)).sum(0) + (0 if n_cells is None else 1 / n_cells)
+        mean, sd = mean * self.rows.scale, np.sqrt(variance) * self.rows.scale
         reach = norm.ppf((1 + level) / 2) * sd
         data = {"mean": mean, "sd": sd, "lower": mean - reach, "upper": mean + reach}
         attrs = {
@@ -133,7 +137,7 @@ class _Posterior(NamedTuple):
 
 
 @final
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """The rows as tensors; ``whitener`` C⁻¹ makes noise and groups, of covariance C Cᵀ, white."""
 
     place: Place
@@ -142,7 +146,7 @@ class _Table(NamedTuple):
     whitener: Float64[Tensor, "row row"]
 
     @classmethod
-    def of(cls, rows: Rows) -> "_Table":
+    def of(cls, rows: Rows) -> "Table":
         """Collect what was seen."""
         place, values = rows.place, torch.tensor(rows.values)
         root = torch.linalg.cholesky(torch.tensor(rows.noise).diag() + cls.group_covariance(place, place))
@@ -192,10 +196,13 @@ class _Table(NamedTuple):
         return _Posterior(mean, (before[0][:, None] * scale + before[1][:, None] - gain).clamp(min=0.0))
 
 
-def _fitted(table: _Table, rows: Rows, structure: str) -> ResponsePrior:
-    """Return the prior of a structure with its parameters fitted."""
-    n_genes = rows.values.shape[1]
-    prior = ResponsePrior(STRUCTURES[structure], rows.times, len(rows.media), len(rows.perturbations), n_genes)
+def prior_of(rows: Rows, structure: str) -> ResponsePrior:
+    """Return the prior of a structure for some rows, its parameters where they start."""
+    return ResponsePrior(STRUCTURES[structure], rows.times, len(rows.media), len(rows.perturbations), rows.values.shape[1])
+
+
+def fitted(table: Table, prior: ResponsePrior) -> ResponsePrior:
+    """Return the prior with its parameters fitted to the marginal likelihood."""
     optimiser = torch.optim.Adam(prior.parameters(), lr=LEARNING_RATE)
     for _ in range(STEPS):
         optimiser.zero_grad()
