@@ -75,6 +75,7 @@ from perturbprob.studies import (  # noqa: E402
     prior_screen,
     proof_of_principle,
     propose_layouts,
+    select,
     sensitivity,
     steady_states,
 )
@@ -138,6 +139,7 @@ __all__ = [
     "projected",
     "proof_of_principle",
     "propose_layouts",
+    "select",
     "pseudotime",
     "rank_perturbations",
     "sensitivity",
