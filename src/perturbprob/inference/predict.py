@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,8 +96,8 @@ def predict(
 
     how: dict[str, Any] = {"edited": edited, "n_cells": n_cells, "seed": seed, "progress": progress}
     shares = np.diff(np.arange(len(fits) + 1) * n_draws // len(fits)).tolist()
-    draws = [list(_draws(one, protocols, batches, mean, n_draws=n, **how)) for one, n in zip(fits, shares, strict=True)]
-    data = _interval(torch.stack(sum(draws, [])), level)
+    draws = (_draws(one, protocols, batches, mean, n_draws=n, **how) for one, n in zip(fits, shares, strict=True))
+    data = _interval(torch.stack(list(chain.from_iterable(draws))), level)
     if fit.settings["objective"] != "elbo" and interval == "mean":  # a deterministic fit does not know how sure it is
         data |= {end: torch.full_like(data[end], torch.nan) for end in ("lower", "upper")}
     units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)", "value": "as measured"}

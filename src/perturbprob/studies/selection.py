@@ -44,7 +44,7 @@ class Selection:
         require_screen(screen)
         check_whole(1, n_fits=n_fits)
         make = partial(self.candidates[self.model], screen)
-        ends = {"each_epoch": lambda one: len(one.losses["train"]) >= self.epochs}
+        ends: dict[str, Any] = {"each_epoch": lambda one: len(one.losses["train"]) >= self.epochs}
         return [fit(make(), screen, **self.training, **ends, seed=seed + k, progress=progress) for k in range(n_fits)]
 
     def report(self) -> str:
@@ -76,11 +76,11 @@ def select(
 ) -> Selection:
     """Choose a model and a number of epochs by conditions that are held out of the training data.
 
-    The validation cells of `fit` come from conditions that it trains on, and cannot tell when it begins to do worse on others. Here each
-    candidate is trained once on the training part of each split, for ``epochs`` epochs, and after ``every`` so many scored by the mean square
-    error of its predicted means (``n_draws`` draws each) of log(1 + count) on the test part, cells in their own batch. The least mean error over
-    splits chooses. The splits are to be made of the *training* part of whatever is tested in the end, and to ask what will be asked
-    there: times if it is times, perturbations if it is perturbations.
+    The validation cells of `fit` come from conditions that it trains on, and cannot tell when it begins to do worse on others. Here
+    each candidate is trained once on the training part of each split, for ``epochs`` epochs, and every so many epochs (``every``)
+    scored by the mean square error of its predicted means of log(1 + count) on the test part, cells in their own batch, from
+    ``n_draws`` draws. The least mean error over splits chooses. The splits are to be made of the *training* part of whatever is tested
+    in the end, and to ask what will be asked there: times if it is times, perturbations if it is perturbations.
 
     ``candidates`` are functions of a screen that return a model, by name; ``training`` are arguments of `fit`, for all. No validation cells
     are held out unless ``validation=`` is given.
