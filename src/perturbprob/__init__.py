@@ -76,6 +76,7 @@ from perturbprob.studies import (  # noqa: E402
     prior_screen,
     proof_of_principle,
     propose_layouts,
+    select,
     sensitivity,
     steady_states,
 )
@@ -143,6 +144,7 @@ __all__ = [
     "propose_layouts",
     "pseudotime",
     "rank_perturbations",
+    "select",
     "sensitivity",
     "simulate",
     "split",

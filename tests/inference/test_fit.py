@@ -105,6 +105,26 @@ def test_patience_ends_the_training(small: pb.Screen) -> None:
     assert len(fit.losses["train"]) - 1 - fit.settings["best_epoch"] == 2
 
 
+def test_each_epoch_is_shown_as_it_is_and_the_training_goes_on_undisturbed(small: pb.Screen) -> None:
+    shown: list[pb.Fit] = []
+
+    def look(fit: pb.Fit) -> None:
+        torch.rand(3)
+        shown.append(fit)
+
+    plain = pb.fit(pb.node(small, 2), small, epochs=3, validation=0.0, progress=False)
+    watched = pb.fit(pb.node(small, 2), small, epochs=3, validation=0.0, each_epoch=look, progress=False)
+    torch.testing.assert_close(parameters(watched), parameters(plain), rtol=0, atol=0)
+    assert [len(fit.losses["train"]) for fit in shown] == [1, 2, 3]
+    torch.testing.assert_close(parameters(shown[-1]), parameters(plain), rtol=0, atol=0)
+    assert not torch.equal(shown[0].guide.block_loc, shown[1].guide.block_loc)
+
+
+def test_the_training_ends_where_it_is_told_to(small: pb.Screen) -> None:
+    fit = pb.fit(pb.node(small, 2), small, epochs=5, each_epoch=lambda fit: len(fit.losses["train"]) >= 2, progress=False)
+    assert len(fit.losses["train"]) == 2
+
+
 def test_no_validation_cells_keeps_the_last_epoch(small: pb.Screen) -> None:
     fit = pb.fit(pb.node(small, 2), small, validation=0.0, **SETTINGS)
     assert fit.losses["validation"] == []

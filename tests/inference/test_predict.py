@@ -174,3 +174,54 @@ def test_shares_and_counts_leave_out_the_same_zeros(fit: pb.Fit, screen: pb.Scre
     before = pb.predict(fit, screen.conditions[0], n_draws=20, progress=False)["mean"]
     assert float((rate / before)[0, 0]) < 0.8
     np.testing.assert_allclose(rate.sum("gene"), 1, rtol=1e-4)
+
+
+# Several fits.
+
+
+def other(fit: pb.Fit, by: float) -> pb.Fit:
+    """A fit whose genes are all biased by so much in the log of their share."""
+    moved = copy.deepcopy(fit)
+    with torch.no_grad():
+        moved.guide.block_loc[::2, 0] += by
+    return moved
+
+
+def test_a_fit_twice_is_the_fit(fit: pb.Fit) -> None:
+    one, two = pb.predict(fit, n_draws=10, batch="batch1"), pb.predict([fit, fit], n_draws=20, batch="batch1")
+    np.testing.assert_allclose(one["mean"], two["mean"], rtol=1e-5)
+    np.testing.assert_allclose(two["lower"], pb.predict(fit, n_draws=10, batch="batch1", level=1 - 1e-9)["lower"], rtol=1e-5)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_and_holds_what_they_disagree_in(fit: pb.Fit) -> None:
+    fits = [fit, other(fit, 2.0)]
+    each = [pb.predict(one, n_draws=20, batch="batch1") for one in fits]
+    both = pb.predict(fits, n_draws=40, batch="batch1")
+    np.testing.assert_allclose(both["mean"], (each[0]["mean"] + each[1]["mean"]) / 2, rtol=1e-5)
+    assert (both["upper"] - both["lower"] > 0.5 * abs(each[0]["mean"] - each[1]["mean"])).all()
+
+
+def test_draws_are_dealt_to_all_members(fit: pb.Fit) -> None:
+    fits = [fit, other(fit, 1.0), other(fit, 2.0)]
+    each = [pb.predict(one, n_draws=n, batch="batch1")["mean"] * n for one, n in zip(fits, (2, 3, 3), strict=True)]
+    np.testing.assert_allclose(pb.predict(fits, n_draws=8, batch="batch1")["mean"], sum(each) / 8, rtol=1e-5)
+
+
+def test_fits_that_do_not_answer_the_same_question_are_refused(fit: pb.Fit) -> None:
+    with pytest.raises(ValueError, match="No fit to ask"):
+        pb.predict([])
+    with pytest.raises(ValueError, match="1 draws are fewer than the 2 fits of the ensemble"):
+        pb.predict([fit, fit], n_draws=1)
+    few = pb.simulate(n_cells=60, n_genes=6, n_perturbations=2, seed=1).screen
+    elsewhere = pb.fit(pb.node(few, 2), few, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="The fits of an ensemble need the same genes: make all of them from one screen"):
+        pb.predict([fit, elsewhere])
+    paths = replace(fit, settings=fit.settings | {"objective": "paths"})
+    with pytest.raises(ValueError, match="need one objective"):
+        pb.predict([fit, paths])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_among_the_fits_is_refused(fit: pb.Fit) -> None:
+    with pytest.raises(TypeError, match="A fit is needed here; got CellModel"):
+        pb.predict([fit, fit.model])  # type: ignore[list-item]

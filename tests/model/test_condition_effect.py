@@ -215,3 +215,23 @@ def test_without_terms_there_is_no_site_and_no_effect():
     rows = block.rows([[], []])
     assert torch.equal(block.total(trace.nodes["_RETURN"]["value"]["condition_effect"], rows), torch.zeros(2, 3))
     assert torch.equal(block.extended({}, [Node(A, 1.0)]), torch.zeros(1, 3))
+
+
+# A memory that is given.
+
+
+def test_a_given_memory_is_a_narrow_prior_and_leaves_the_paths_alone() -> None:
+    free, given = (
+        pyro.poutine.trace(ConditionEffect(NODES, 2, memory=memory)).get_trace().nodes["condition_memory"]["fn"] for memory in (None, 4.0)
+    )
+    assert free.base_dist.loc == 0
+    assert free.base_dist.scale == 0.5
+    np.testing.assert_allclose([given.base_dist.loc, given.base_dist.scale], [np.log(4.0), 0.1], rtol=1e-6)
+
+
+def test_effects_of_a_longer_memory_are_nearer_to_what_they_were() -> None:
+    block, drawn, _ = block_of()
+    last, later = drawn["condition_effect"][2], [Node(A, 4.0)]
+    short, long = (block.expected(drawn | {"condition_memory": torch.tensor(m, dtype=torch.float64)}, later)[0] for m in (1.0, 5.0))
+    np.testing.assert_allclose(short, np.exp(-1.0) * last)
+    np.testing.assert_allclose(long, np.exp(-0.2) * last)

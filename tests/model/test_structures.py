@@ -116,6 +116,13 @@ def test_every_slot_can_be_filled_otherwise(screen, how):
     assert_trains(node(screen, 2, **how), screen)
 
 
+@pytest.mark.parametrize("structure", [node, vae, neural_sde])
+def test_a_memory_is_kept_in_the_recipe_and_trains(screen, structure):
+    model = structure(screen, 2, memory=5.0)
+    assert model.recipe["arguments"]["memory"] == model.condition_effect.given_memory == 5.0
+    assert_trains(model, screen)
+
+
 # Laws.
 
 
@@ -197,6 +204,17 @@ def test_sizes_and_seeds_of_a_wrong_kind_are_refused(screen, structure):
             structure(screen, seed=seed)
     with pytest.raises(ValueError, match="n_steps must be a whole number of at least 1"):
         neural_sde(screen, n_steps=True)
+
+
+@pytest.mark.parametrize("memory", [0.0, -1.0, float("inf"), float("nan"), True])
+def test_a_memory_that_is_no_time_is_refused(screen, memory):
+    with pytest.raises(ValueError, match=f"memory is a time, in median waits .* got {memory!r}"):
+        node(screen, 2, memory=memory)
+
+
+def test_a_memory_in_gene_space_is_refused(screen):
+    with pytest.raises(ValueError, match="memory is of the effects on single genes of counts"):
+        node(screen.pseudobulk(), memory=5.0)
 
 
 def test_an_unknown_measurement_is_refused_with_those_there_are(screen):

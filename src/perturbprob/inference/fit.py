@@ -4,6 +4,7 @@ import copy
 import platform
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from numbers import Real
@@ -128,6 +129,7 @@ def fit(
     warmup: int = 20,
     objective: str | None = None,
     distance: str = "mse",
+    each_epoch: Callable[[Fit], object] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
@@ -146,6 +148,8 @@ def fit(
     measured ends: "mse" of pseudobulk rows, or "moment", "energy", "sinkhorn", "mmd" between sets of cells (eq 23). Counts are compared
     as log1p, cells of a condition in its minibatch as a set; "mse" compares their means. Its draws are all alike, and of counts it learns
     no law of a single cell's rest state, so nothing that starts from given cells can be asked of it.
+    ``each_epoch`` is called after every epoch with a copy of the fit as it then is, such as to score it on conditions that it has not seen
+    (`select`); if it returns True the training ends there. It does not change the training otherwise.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
     """
     require_screen(screen, partial=True)
@@ -166,7 +170,7 @@ def fit(
         pyro_state = pyro.util.get_rng_state()
         try:
             start = time.perf_counter()
-            fitted = _Training(copy.deepcopy(model), screen, settings, seed).run(progress)
+            fitted = _Training(copy.deepcopy(model), screen, settings, seed).run(progress, each_epoch)
             return replace(fitted, seconds=time.perf_counter() - start)
         except SolverError as error:
             # Pyro raises errors again with its own trace behind the message
@@ -229,7 +233,7 @@ class _Training:
             return AtRestLoss(self.model, self.guide, self.table, self.training)
         return Trace_ELBO()(self.model, self.guide) if self.model.penetrance is None else EscapeLoss(self.model, self.guide)
 
-    def run(self, progress: bool) -> Fit:
+    def run(self, progress: bool, each_epoch: Callable[[Fit], object] | None = None) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
         self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
         optimiser = torch.optim.Adam(self._groups(), lr=self.settings["learning_rate"], fused=True)
@@ -241,11 +245,19 @@ class _Training:
                 self.losses["train"].append(self._epoch(optimiser))
                 fall.step()
                 epochs.set_postfix(loss=f"{self.losses['train'][-1]:.4f}")
-                if self._stop(epoch):
+                stop = self._stop(epoch)
+                if self._asked(each_epoch) or stop:
                     break
             epochs.close()
         self.elbo.load_state_dict(self.best)
-        return self._fit()
+        return self._fit(self.elbo)
+
+    def _asked(self, each_epoch: Callable[[Fit], object] | None) -> bool:
+        """Show the fit as it is to whoever wants to see it; say whether the training is to end."""
+        if each_epoch is None:
+            return False
+        with torch.random.fork_rng(), pyro.validation_enabled():
+            return each_epoch(self._fit(copy.deepcopy(self.elbo))) is True
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return all parameters, those of π with a learning rate of their own."""
@@ -265,7 +277,7 @@ class _Training:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
             if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise NonFiniteLoss(self._blame(cells, index), self._fit())
+                raise NonFiniteLoss(self._blame(cells, index), self._fit(self.elbo))
             optimiser.step()
             self.step, total, n_steps = self.step + 1, total + float(loss.detach()), n_steps + 1
         return total / n_steps
@@ -323,15 +335,15 @@ class _Training:
         every = self.table.log_size_factor.double().numpy()
         return every if self.screen.present is None else every[self.screen.present]
 
-    def _fit(self) -> Fit:
-        """Put the result together."""
-        self.elbo.eval().requires_grad_(False)
+    def _fit(self, elbo: Any) -> Fit:
+        """Put the result together from what was trained, which is trained no further."""
+        elbo.eval().requires_grad_(False)
         if self.settings["objective"] != "elbo":
-            self.guide.sharpen()
+            elbo.guide.sharpen()
         return Fit(
-            model=self.model,
-            guide=self.guide,
-            losses=self.losses,
+            model=elbo.model,
+            guide=elbo.guide,
+            losses={name: list(values) for name, values in self.losses.items()},
             seed=self.seed,
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ SCALES = {"counts": ("rate", "counts", "log1p"), "continuous": ("value",)}
 
 
 def predict(
-    fit: "Fit",
+    fit: "Fit | Sequence[Fit]",
     conditions: Protocol | Action | Sequence[Protocol | Action] | None = None,
     *,
     n_draws: int = 200,
@@ -53,6 +54,8 @@ def predict(
     - ``edited``, of a fit with ``penetrance``: True, of cells that were hit by all that was done to them; False, of those that escaped it
       all; None, of both as they are mixed in the population.
 
+    Several fits that differ in their seed, or in their structure, are an ensemble, a posterior over functions: each gives an equal part
+    of the draws, so that the mean is that of all, and intervals hold what they disagree in.
     A fit by ``objective="paths"`` or "kds" has no posterior: its intervals of means are NaN. A perturbation, media or batch that the fit
     has never seen is refused. A time it has not seen is predicted with wider intervals; of `stationary` any time is the law at rest.
 
@@ -62,8 +65,9 @@ def predict(
     >>> pb.predict(fit, screen.conditions[-1], n_draws=4, batch="average").sizes
     Frozen({'condition': 1, 'gene': 10})
     """
-    require_fit(fit)
     check_draws(n_draws)
+    fits = members(fit, n_draws)
+    fit = fits[0]
     scale = _scale(fit, scale)
     _check_choices(interval, level, n_cells)
     protocols = conditions_of(fit, conditions)
@@ -78,7 +82,7 @@ def predict(
         say_apart(fit, protocols, batches)
     if edited is not None:
         check_flag(edited, "edited")
-    if edited is not None and fit.model.penetrance is None:
+    if edited is not None and any(one.model.penetrance is None for one in fits):
         raise ValueError(
             "edited= tells hit cells from escaped ones, and this fit takes all to be hit: make its model with penetrance=True."
         )
@@ -90,14 +94,33 @@ def predict(
     def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
         return expectation.means(sites, part, scale, None if n_cells is None else (n_cells * share).clamp(min=1))
 
-    draws = _draws(fit, protocols, batches, mean, edited=edited, n_cells=n_cells, n_draws=n_draws, seed=seed, progress=progress)
-    values = torch.stack(list(draws))
-    data = _interval(values, level)
+    how: dict[str, Any] = {"edited": edited, "n_cells": n_cells, "seed": seed, "progress": progress}
+    shares = np.diff(np.arange(len(fits) + 1) * n_draws // len(fits)).tolist()
+    draws = (_draws(one, protocols, batches, mean, n_draws=n, **how) for one, n in zip(fits, shares, strict=True))
+    data = _interval(torch.stack(list(chain.from_iterable(draws))), level)
     if fit.settings["objective"] != "elbo" and interval == "mean":  # a deterministic fit does not know how sure it is
         data |= {end: torch.full_like(data[end], torch.nan) for end in ("lower", "upper")}
     units = {"rate": "share of all counts", "counts": "counts per cell", "log1p": "mean of log(1 + count)", "value": "as measured"}
     attrs = {"scale": scale, "units": units[scale], "interval": interval, "level": level, "n_draws": n_draws}
     return labelled(fit, protocols, data, attrs | {"batch": ", ".join(dict.fromkeys(map(str, batches)))})
+
+
+def members(fits: "Fit | Sequence[Fit]", n_draws: int) -> "list[Fit]":
+    """Return the fits of an ensemble, or the one there is; refuse fits that do not answer the same questions."""
+    several = list(fits) if isinstance(fits, Sequence) else [fits]
+    for one in several:
+        require_fit(one)
+    if not several:
+        raise ValueError("No fit to ask: give one, or a list of fits that differ in their seed.")
+    for other in several[1:]:
+        for what in ("genes", "perturbations", "media", "batches", "time_scale"):
+            if getattr(several[0].model.vocabulary, what) != getattr(other.model.vocabulary, what):
+                raise ValueError(f"The fits of an ensemble need the same {what.replace('_', ' ')}: make all of them from one screen.")
+        if several[0].settings["objective"] != other.settings["objective"]:
+            raise ValueError("The fits of an ensemble need one objective: what has a posterior cannot be mixed with what has none.")
+    if n_draws < len(several):
+        raise ValueError(f"{n_draws} draws are fewer than the {len(several)} fits of the ensemble: raise n_draws.")
+    return several
 
 
 def predict_assay(

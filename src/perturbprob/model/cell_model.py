@@ -74,7 +74,10 @@ class CellModel(PyroModule):
         self.transition, self.decoder, self.measurement = transition, decoder, measurement
         self.batch_effect, self.condition_effect, self.mark_effect = batch_effect, condition_effect, mark_effect
         self.assays = cast("dict[str, AssayHead]", nn.ModuleDict(assays or {}))
-        own = {name: ConditionEffect(condition_effect.nodes, len(head.features), name) for name, head in self.assays.items()}
+        own = {
+            name: ConditionEffect(condition_effect.nodes, len(head.features), name, memory=condition_effect.given_memory)
+            for name, head in self.assays.items()
+        }
         self.assay_effects = cast("dict[str, ConditionEffect]", nn.ModuleDict(own))
         self.n_latent, self.n_hidden, self.programmes = n_latent, n_hidden, programmes
         self.penetrance, self.sgrnas = penetrance, tuple(sgrnas)

@@ -1,5 +1,6 @@
 """What a condition does to single genes beyond what the latent state can carry: shrunken, and a smooth function of time."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -110,15 +111,18 @@ class ConditionEffect(PyroModule):
 
     The effect of a condition is the sum over its `nodes`; each term is a path in time that starts at rest,
     r_term(t) ~ OU(0 at t = 0, scale_term · scale_gene · local_term,gene, memory), log scale_term ~ Normal(log 0.05, 1),
-    log scale_gene ~ Normal(0, 0.5), log local ~ Normal(0, 1), log memory ~ Normal(0, 0.5) in median waits. What is not needed shrinks to 0,
+    log scale_gene ~ Normal(0, 0.5), log local ~ Normal(0, 1), log memory ~ Normal(0, 0.5) in median waits, or Normal(log ``memory``, 0.1)
+    where that is given. Left to itself the memory comes out too short: the guide draws the times of a path independently, and takes
+    the spread of each for a step of the path. What is not needed shrinks to 0,
     and the local scale lets the few genes that a perturbation really moves go free; at a time between or beyond those
     measured the path is conditioned on its neighbours, so intervals widen by themselves. The features of a further assay have
     effects of their own in the same way; ``assay`` then comes before the names of the sites.
     """
 
-    def __init__(self, nodes: Sequence[Node], n_genes: int, assay: str = "") -> None:
+    def __init__(self, nodes: Sequence[Node], n_genes: int, assay: str = "", *, memory: float | None = None) -> None:
         """Order the nodes into paths."""
         super().__init__()
+        self.given_memory = memory
         self.prefix = f"{assay}_condition" if assay else "condition"
         self.nodes = tuple(sorted(nodes, key=lambda n: (n.term, n.time)))
         self.n_genes = n_genes
@@ -147,11 +151,16 @@ class ConditionEffect(PyroModule):
         laws = {
             "scale": dist.LogNormal(zero - 3.0, 1.0).to_event(1),
             "gene_scale": dist.LogNormal(genes, 0.5).to_event(1),
-            "memory": dist.LogNormal(self.gap.new_tensor(0.0), 0.5),
+            "memory": self._memory(),
             "local_scale": dist.LogNormal(zero[:, None] + genes, 1.0).to_event(2),
         }
         sites = {(name := f"{self.prefix}_{part}"): pyro.sample(name, law) for part, law in laws.items()}
         return sites | {(name := f"{self.prefix}_effect"): pyro.sample(name, self.law(sites))}
+
+    def _memory(self) -> dist.LogNormal:
+        """Return the prior of the memory: wide around a median wait, or narrow around what was given."""
+        known = self.given_memory
+        return dist.LogNormal(self.gap.new_tensor(0.0 if known is None else math.log(known)), 0.5 if known is None else 0.1)
 
     def law(self, sites: dict[str, Tensor]) -> FromRest:
         """Return the prior of all paths given their scales and memory."""

@@ -1,5 +1,6 @@
 """How `CellModel`'s slots are filled, from the facts of a screen and the arguments of a structure."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from perturbprob.dynamics.transition import Transition
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.screen import Screen, require_screen
-from perturbprob.experiment.settings import check_seed
+from perturbprob.experiment.settings import check_seed, is_within
 from perturbprob.experiment.vocabulary import Vocabulary
 from perturbprob.measurement.assays import AssayHead, OpenWindowHead, ProteinHead, WindowHead
 from perturbprob.measurement.batch_effect import BatchEffect
@@ -151,11 +152,25 @@ def make(
     for name, value in (("n_latent", n_latent), ("n_hidden", n_hidden)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is a number of dimensions and must be a whole number of at least 1; got {value!r}.")
+    if "memory" in own:
+        _check_memory(screen, own["memory"])
     arguments: dict[str, Any] = {"measurement": _measurement(screen, measurement), "batch_effect": _batch_effect(screen, batch_effect)}
     facts = _facts(screen, _penetrance(screen, penetrance)) | {"assumptions": bind(assumptions, screen.with_rna)}
     check_connected(screen, assumptions)
     arguments |= {"n_latent": n_latent if facts["start"] is None else screen.n_genes, "n_hidden": n_hidden} | own
     return _started(structure, facts, arguments, field, seed)
+
+
+def _check_memory(screen: Screen, memory: float | None) -> None:
+    """Refuse a memory that is no time, or of effects that the model does not have."""
+    if memory is None:
+        return
+    if not is_within(memory, 0, math.inf):
+        raise ValueError(f"memory is a time, in median waits of the screen, and must be a finite number above 0; got {memory!r}.")
+    if screen.values == "continuous":
+        raise ValueError(
+            "memory is of the effects on single genes of counts; in gene space all that a condition does is in the state: leave it out."
+        )
 
 
 def again(model: CellModel, screen: Screen, assumptions: Sequence[Assumption], *, seed: int) -> CellModel:
@@ -338,7 +353,7 @@ def fill(structure: str, facts: dict[str, Any], arguments: dict[str, Any], field
         slots.decoder or (Identity() if start is not None else LogRate() if in_genes else Decoder(n_latent, n_genes, n_hidden=n_hidden)),
         (HEADS | UNMEASURED)[arguments["measurement"]](n_genes),
         _batches(facts, arguments["batch_effect"], n_state),
-        ConditionEffect([] if in_genes else facts["nodes"], n_genes),
+        ConditionEffect([] if in_genes else facts["nodes"], n_genes, memory=arguments.get("memory")),
         slots.mark_effect,
         n_latent=n_state,
         n_hidden=n_hidden,

@@ -29,6 +29,7 @@ def node(
     field: nn.Module | None = None,
     solver: str = "rk4",
     penetrance: bool | str = False,
+    memory: float | None = None,
     seed: int = 0,
 ) -> CellModel:
     """The default structure: a neural ODE on (z₀, δ), counts, and zero-sum batch effects.
@@ -46,6 +47,10 @@ def node(
     ``penetrance=True`` lets edited cells escape: each perturbation hits a cell with a probability π of its own, in the posterior as
     ``penetrance``; "sgrna" gives every sgRNA its own (see `Penetrance`, `hit_probability`).
 
+    ``memory`` is how long what a condition does to single genes lasts, in median waits of the screen: a time t later an effect is expected
+    to be e^(−t / memory) of what it was. None learns it, and tends to find it too short for predictions of later times
+    (`ConditionEffect`); ``memory=5`` lets effects last.
+
     Where the screen has further `assays`, each gets a head over the same state (`ProteinHead`, `WindowHead`, `OpenWindowHead`).
 
     A screen of continuous values is modelled in gene space: the state is the values, the start the mean of control at its first
@@ -55,7 +60,7 @@ def node(
     return make(
         screen,
         "node",
-        {"solver": solver},
+        {"solver": solver, "memory": memory},
         n_latent=n_latent,
         assumptions=assumptions,
         measurement=measurement,
@@ -77,6 +82,7 @@ def vae(
     batch_effect: str | pd.DataFrame = "constant",
     n_hidden: int = 128,
     penetrance: bool | str = False,
+    memory: float | None = None,
     seed: int = 0,
 ) -> CellModel:
     """A variational autoencoder in the same frame: a function L(z, p, m, t) in place of waiting (eqs 26-28, D.1).
@@ -100,7 +106,7 @@ def vae(
     return make(
         screen,
         "vae",
-        {"shift": "custom" if custom is not None else shift},
+        {"shift": "custom" if custom is not None else shift, "memory": memory},
         n_latent=n_latent,
         assumptions=assumptions,
         measurement=measurement,
@@ -123,6 +129,7 @@ def neural_sde(
     n_hidden: int = 128,
     field: nn.Module | None = None,
     penetrance: bool | str = False,
+    memory: float | None = None,
     seed: int = 0,
 ) -> CellModel:
     """A neural SDE for systems that differentiate: the push and decay of `node`, and noise on the way (C.1; `NeuralSDE`).
@@ -150,7 +157,7 @@ def neural_sde(
     return make(
         screen,
         "neural_sde",
-        {"n_steps": n_steps, "n_waits": max(1, n_waits)},
+        {"n_steps": n_steps, "n_waits": max(1, n_waits), "memory": memory},
         n_latent=n_latent,
         assumptions=assumptions,
         measurement=measurement,

@@ -12,6 +12,7 @@ from perturbprob.studies.layout_error import BatchPrior
 from perturbprob.studies.mean_decomposition import decompose_means
 from perturbprob.studies.predictive_check import predictive_check
 from perturbprob.studies.proof_of_principle import proof_of_principle
+from perturbprob.studies.selection import select
 from perturbprob.studies.sensitivity import sensitivity
 from perturbprob.studies.steady_state import steady_states
 
@@ -30,6 +31,7 @@ __all__ = [
     "prior_screen",
     "proof_of_principle",
     "propose_layouts",
+    "select",
     "sensitivity",
     "steady_states",
 ]
