@@ -62,6 +62,7 @@ from perturbprob.model import (  # noqa: E402
 )
 from perturbprob.studies import (  # noqa: E402
     BatchPrior,
+    Evaluation,
     baselines,
     batch_error,
     branch_shares,
@@ -69,6 +70,7 @@ from perturbprob.studies import (  # noqa: E402
     decompose_batches,
     decompose_means,
     depth_effects,
+    evaluate,
     improve_layout,
     plan_batches,
     predictive_check,
@@ -86,6 +88,7 @@ __all__ = [
     "Assay",
     "BatchPrior",
     "CellModel",
+    "Evaluation",
     "ExchangeableBatches",
     "Fit",
     "IllConditioned",
@@ -118,6 +121,7 @@ __all__ = [
     "do",
     "edges",
     "effects",
+    "evaluate",
     "false_hits",
     "fit",
     "hit_probability",

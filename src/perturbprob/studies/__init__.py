@@ -7,6 +7,7 @@ from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose
 from perturbprob.studies.branches import branch_shares
 from perturbprob.studies.comparison import compare
 from perturbprob.studies.depth_effects import depth_effects
+from perturbprob.studies.evaluation import Evaluation, evaluate
 from perturbprob.studies.identification import prior_screen
 from perturbprob.studies.layout_error import BatchPrior
 from perturbprob.studies.mean_decomposition import decompose_means
@@ -17,6 +18,7 @@ from perturbprob.studies.steady_state import steady_states
 
 __all__ = [
     "BatchPrior",
+    "Evaluation",
     "baselines",
     "batch_error",
     "branch_shares",
@@ -24,6 +26,7 @@ __all__ = [
     "decompose_batches",
     "decompose_means",
     "depth_effects",
+    "evaluate",
     "improve_layout",
     "plan_batches",
     "predictive_check",
