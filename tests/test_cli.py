@@ -77,6 +77,22 @@ def test_fit_saves_what_python_loads(node: Path) -> None:
     }
 
 
+def test_evaluate_scores_a_fit_beside_the_baselines(tmp_path: Path) -> None:
+    adata = pb.simulate(n_cells=400, n_genes=8, n_perturbations=3, times=(1.0, 2.0), n_batches=2, seed=1).adata
+    hidden = (adata.obs["perturbation"] == adata.obs["perturbation"].unique()[-1]) & (adata.obs["time"] == 2)
+    for name, cells in (("train", adata[~hidden]), ("test", adata[hidden])):
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    train, test, out = tmp_path / "train.h5ad", tmp_path / "test.h5ad", tmp_path / "scores.csv"
+    said("fit", train, "--latent", 2, "--epochs", 1, "--out", tmp_path / "node", "--time", "time", "--batch", "batch")
+    text = said("evaluate", tmp_path / "node", test, "--train", train, "--draws", 19, "--out", out)
+    assert "The model" in text
+    assert set(pd.read_csv(out)["predictor"]) >= {"model", "noise floor", "control mean"}
+    facts = json.loads(said("evaluate", tmp_path / "node", test, "--train", train, "--draws", 19, "--json"))
+    assert facts["overall"]["model"]["error"] > 0
+    assert "was trained on" in refused("evaluate", tmp_path / "node", train, "--train", test)
+    assert "give --train" in refused("evaluate", tmp_path / "node", test)
+
+
 def test_fit_reads_size_factors_and_prints_one_object(screen: Path, tmp_path: Path) -> None:
     facts = json.loads(
         said(
@@ -219,7 +235,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_help_is_printed_without_a_verb() -> None:
-    assert all(verb in run().output for verb in ("demo", "fit", "check", "predict"))
+    assert all(verb in run().output for verb in ("demo", "fit", "check", "evaluate", "predict"))
 
 
 def test_held_out_cells_are_kept_from_the_fit_and_the_same_in_every_demonstration() -> None:

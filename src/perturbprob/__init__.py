@@ -79,6 +79,7 @@ from perturbprob.studies import (  # noqa: E402
     propose_layouts,
     sensitivity,
     steady_states,
+    to_cell_eval,
 )
 
 __version__ = "0.1.0"
@@ -149,6 +150,7 @@ __all__ = [
     "split",
     "stationary",
     "steady_states",
+    "to_cell_eval",
     "translate",
     "vae",
 ]

@@ -1,4 +1,4 @@
-"""The same verbs from a shell: perturbprob demo, fit, check and predict."""
+"""The same verbs from a shell: perturbprob demo, fit, check, evaluate and predict."""
 
 import functools
 import inspect
@@ -187,6 +187,35 @@ def check(
     say("\n".join([result.summary(), *(f"Wrote {name}." for name in files)]))
     if as_json:
         _say(json.dumps({"cells": cells.n_cells, "genes": cells.n_genes, "n_draws": draws} | _means(result) | {"files": files}))
+
+
+@_command
+@_with_columns
+def evaluate(
+    folder: Folder,
+    screen: File,
+    *,
+    columns: dict[str, Any],
+    train: Annotated[
+        Path | None,
+        typer.Option(metavar="SCREEN", help="The cells that the fit was trained on, read by the same columns.", show_default=False),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Number of posterior draws.")] = 100,
+    seed: Seed = 0,
+    out: Table = None,
+    as_json: Json = False,
+) -> None:
+    """Score a fit on conditions that it never saw, beside every simple baseline and the noise floor; --train is needed for these."""
+    if train is None:
+        raise ValueError("Control cells and baselines are of the cells that the fit was trained on, which it does not hold: give --train.")
+    fitted, named = inference.load(folder), _remembered(folder) | columns
+    found = studies.evaluate(fitted, _read(screen, named), _read(train, named), n_draws=draws, seed=seed, progress=sys.stderr.isatty())
+    files = [] if out is None else _write(found.conditions.reset_index(), out)
+    if as_json:
+        _say(json.dumps(found.to_dict() | {"files": files}, allow_nan=False))
+    else:
+        scores = found.overall[["error", "error_over_floor", "direction_control", "discrimination", "coverage90", "crps"]]
+        _say("\n".join([scores.to_string(float_format="{:.4g}".format), "", found.report(), *(f"Wrote {name}." for name in files)]))
 
 
 @_command

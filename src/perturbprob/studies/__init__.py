@@ -5,6 +5,7 @@ from perturbprob.studies.batch_decomposition import decompose_batches
 from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
 from perturbprob.studies.branches import branch_shares
+from perturbprob.studies.cell_eval import to_cell_eval
 from perturbprob.studies.comparison import compare
 from perturbprob.studies.depth_effects import depth_effects
 from perturbprob.studies.evaluation import Evaluation, evaluate
@@ -35,4 +36,5 @@ __all__ = [
     "propose_layouts",
     "sensitivity",
     "steady_states",
+    "to_cell_eval",
 ]
