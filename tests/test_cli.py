@@ -80,7 +80,7 @@ def test_fit_saves_what_python_loads(node: Path) -> None:
 def test_evaluate_scores_a_fit_beside_the_baselines(tmp_path: Path) -> None:
     adata = pb.simulate(n_cells=400, n_genes=8, n_perturbations=3, times=(1.0, 2.0), n_batches=2, seed=1).adata
     hidden = (adata.obs["perturbation"] == adata.obs["perturbation"].unique()[-1]) & (adata.obs["time"] == 2)
-    for name, cells in (("train", adata[~hidden]), ("test", adata[hidden])):
+    for name, cells in (("train", adata[~hidden].copy()), ("test", adata[hidden].copy())):
         cells.write_h5ad(tmp_path / f"{name}.h5ad")
     train, test, out = tmp_path / "train.h5ad", tmp_path / "test.h5ad", tmp_path / "scores.csv"
     said("fit", train, "--latent", 2, "--epochs", 1, "--out", tmp_path / "node", "--time", "time", "--batch", "batch")

@@ -108,7 +108,8 @@ def evaluate(
       the mean of the other perturbed conditions, trained on or tested, of the same media and time.
     - ``discrimination``: share of the other tested conditions of the same media and time that the prediction is further from.
     - ``de_overlap``, ``de_sign``: of the genes that differ between observed cells and control, the share among as many of largest predicted
-      change, and the share predicted in the right direction. Edited genes are left out of these three and of weights.
+      change, in standard errors of the observed one, and the share predicted in the right direction. Edited genes are left out of these
+      three and of weights.
     - ``coverage50``, ``coverage80``, ``coverage90``, ``crps``: intervals and draws of the observed mean, Normal(0, V_g / n) added to the
       predicted one for the noise of n cells, V the variance between training cells of one condition. Means without an sd claim to be sure.
     - ``energy``, ``mmd``, ``sinkhorn``: distances of cells replicated from rest by a fit, in the test cells' own batches and at their

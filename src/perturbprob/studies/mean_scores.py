@@ -6,7 +6,15 @@ import numpy as np
 from jaxtyping import Float
 
 from perturbprob.studies.distribution_metrics import coverage, crps
-from perturbprob.studies.metrics import direction, discrimination, mean_square_error, overlap_at_n, sign_agreement, weighted_error
+from perturbprob.studies.metrics import (
+    UNCHANGED,
+    direction,
+    discrimination,
+    mean_square_error,
+    overlap_at_n,
+    sign_agreement,
+    weighted_error,
+)
 
 if TYPE_CHECKING:
     from perturbprob.studies.held_out_means import Means
@@ -26,7 +34,7 @@ def score_means(means: "Means", predicted: Float[np.ndarray, "condition gene"]) 
         "direction_control": direction(change, seen),
         "direction_mean": direction(predicted - means.reference, means.observed - means.reference),
         "discrimination": _discrimination(means, predicted),
-        "de_overlap": overlap_at_n(change, t, differential.sum(1), edited),
+        "de_overlap": overlap_at_n(_in_standard_errors(means, change), t, differential.sum(1), edited),
         "de_sign": sign_agreement(change, seen, differential, edited),
     }
     error = mean_square_error(predicted, means.observed)
@@ -52,6 +60,13 @@ def overall_mean(values: Float[np.ndarray, " condition"]) -> float:
     """
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else np.nan
+
+
+def _in_standard_errors(means: "Means", change: Float[np.ndarray, "condition gene"]) -> Float[np.ndarray, "condition gene"]:
+    """Return predicted changes in standard errors of those observed, as Welch's t has them: the truth then ranks genes as t does."""
+    error = np.sqrt(means.noise + means.control_variance / means.control_n[:, None])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.abs(change) < UNCHANGED, 0, change / error)
 
 
 def _discrimination(means: "Means", predicted: Float[np.ndarray, "condition gene"]) -> Float[np.ndarray, " condition"]:
