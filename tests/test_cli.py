@@ -77,20 +77,25 @@ def test_fit_saves_what_python_loads(node: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_fit_beside_the_baselines(tmp_path: Path) -> None:
     adata = pb.simulate(n_cells=400, n_genes=8, n_perturbations=3, times=(1.0, 2.0), n_batches=2, seed=1).adata
     hidden = (adata.obs["perturbation"] == adata.obs["perturbation"].unique()[-1]) & (adata.obs["time"] == 2)
-    for name, cells in (("train", adata[~hidden].copy()), ("test", adata[hidden].copy())):
+    apart = hidden | (np.arange(400) % 2 == 0) & (adata.obs["perturbation"] == "control")
+    files = {"all": adata, "train": adata[~hidden].copy(), "test": adata[apart].copy(), "rest": adata[~apart].copy()}
+    for name, cells in files.items():
         cells.write_h5ad(tmp_path / f"{name}.h5ad")
-    train, test, out = tmp_path / "train.h5ad", tmp_path / "test.h5ad", tmp_path / "scores.csv"
-    said("fit", train, "--latent", 2, "--epochs", 1, "--out", tmp_path / "node", "--time", "time", "--batch", "batch")
-    text = said("evaluate", tmp_path / "node", test, "--train", train, "--draws", 19, "--out", out)
-    assert "The model" in text
+    whole, train, test, rest = (tmp_path / f"{name}.h5ad" for name in files)
+    out, node, other = tmp_path / "scores.csv", tmp_path / "node", tmp_path / "other"
+    said("fit", train, "--latent", 2, "--epochs", 1, "--out", node, "--time", "time", "--batch", "batch")
+    said("fit", rest, "--latent", 2, "--epochs", 1, "--out", other, "--time", "time", "--batch", "batch")
+    assert "The model" in said("evaluate", node, whole, "--draws", 19, "--out", out)
     assert set(pd.read_csv(out)["predictor"]) >= {"model", "noise floor", "control mean"}
-    facts = json.loads(said("evaluate", tmp_path / "node", test, "--train", train, "--draws", 19, "--json"))
+    facts = json.loads(said("evaluate", other, test, "--train", rest, "--draws", 19, "--json"))
     assert facts["overall"]["model"]["error"] > 0
-    assert "was trained on" in refused("evaluate", tmp_path / "node", train, "--train", test)
-    assert "give --train" in refused("evaluate", tmp_path / "node", test)
+    assert "was trained on" in refused("evaluate", node, rest, "--train", test)
+    assert "give --train" in refused("evaluate", other, test)
+    assert "none is left to test on" in refused("evaluate", node, train)
 
 
 def test_fit_reads_size_factors_and_prints_one_object(screen: Path, tmp_path: Path) -> None:

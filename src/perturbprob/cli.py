@@ -198,18 +198,20 @@ def evaluate(
     columns: dict[str, Any],
     train: Annotated[
         Path | None,
-        typer.Option(metavar="SCREEN", help="The cells that the fit was trained on, read by the same columns.", show_default=False),
+        typer.Option(metavar="SCREEN", help="The cells that were trained on (default: those in the first file).", show_default=False),
     ] = None,
     draws: Annotated[int, typer.Option(help="Number of posterior draws.")] = 100,
     seed: Seed = 0,
     out: Table = None,
     as_json: Json = False,
 ) -> None:
-    """Score a fit on conditions that it never saw, beside every simple baseline and the noise floor; --train is needed for these."""
-    if train is None:
-        raise ValueError("Control cells and baselines are of the cells that the fit was trained on, which it does not hold: give --train.")
+    """Score a fit on conditions that it never saw, beside every simple baseline and the noise floor.
+
+    Control cells and baselines are of the cells that it was trained on. These may be in the same file: the others are tested.
+    """
     fitted, named = inference.load(folder), _remembered(folder) | columns
-    found = studies.evaluate(fitted, _read(screen, named), _read(train, named), n_draws=draws, seed=seed, progress=sys.stderr.isatty())
+    trained, tested = _parts(fitted, _read(screen, named)) if train is None else (_read(train, named), _read(screen, named))
+    found = studies.evaluate(fitted, tested, trained, n_draws=draws, seed=seed, progress=sys.stderr.isatty())
     files = [] if out is None else _write(found.conditions.reset_index(), out)
     if as_json:
         _say(json.dumps(found.to_dict() | {"files": files}, allow_nan=False))
@@ -286,6 +288,17 @@ def _read(path: Path, columns: dict[str, Any]) -> Screen:
         if not path.exists():
             raise
         raise ValueError(f"Cannot read {path}: it is damaged, cut off, or not what its name says.") from error
+
+
+def _parts(fitted: Fit, cells: Screen) -> tuple[Screen, Screen]:
+    """Return the cells that a fit was trained on, and the others; refuse a file that holds one of the two only."""
+    known = set(fitted.trained_on["cells"])
+    seen = pd.Index(map(str, cells.cells)).isin(known)
+    if not seen.any():
+        raise ValueError("No cell of this file was trained on, and control cells and baselines are of those that were: give --train.")
+    if seen.all():
+        raise ValueError(f"The fit was trained on all {cells.n_cells:,} cells of this file: none is left to test on.")
+    return cells[seen], cells[~seen]
 
 
 def _facts(fitted: Fit, cells: Screen) -> dict[str, Any]:

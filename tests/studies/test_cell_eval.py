@@ -56,6 +56,7 @@ def test_a_fit_predicts_cells() -> None:
     assert (predicted.X != again.X).nnz == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_several_times_or_predictors_are_refused(means: xr.DataArray, part: Split) -> None:
     screen = pb.simulate(n_cells=300, n_genes=8, n_perturbations=3, times=(1.0, 2.0), seed=2).screen
     split = pb.split.hold_out_perturbations(screen, screen.perturbations[:1])
@@ -66,6 +67,7 @@ def test_several_times_or_predictors_are_refused(means: xr.DataArray, part: Spli
         pb.to_cell_eval({"a": means, "b": means}, part)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_cell_eval_finds_the_same_scores(part: Split, means: xr.DataArray, tmp_path: Path) -> None:
     cell_eval = pytest.importorskip("cell_eval")

@@ -165,6 +165,7 @@ def test_an_sd_widens_intervals_and_may_come_in_three_forms(part: Split) -> None
     assert unsure == pytest.approx([unsure[0]] * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::perturbprob.UndeclaredWarning", "ignore::perturbprob.AliasedWarning")
 def test_what_predict_returns_scores_as_the_fit_does_in_one_batch(ishikawa: Split) -> None:
     cells = np.random.default_rng(0).permutation(ishikawa.train.n_cells)[:1500]
@@ -193,6 +194,7 @@ def test_a_fit_without_a_density_has_none(part: Split) -> None:
     assert np.isfinite(row[["error", "energy"]].to_numpy(float)).all()
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_fit_never_saw(small: pb.Screen) -> None:
     screen = pb.simulate(n_cells=600, n_genes=8, n_perturbations=3, n_batches=3, seed=4).screen
     split = hold_out_batches(screen, screen.batches[-1], keep_control=False)
@@ -240,6 +242,7 @@ def test_one_training_perturbation_is_enough_for_the_mean_but_not_to_discriminat
     assert found.overall.loc["model", "error"] == pytest.approx(found.overall.loc["perturbation mean", "error"])
 
 
+@pytest.mark.slow
 def test_cells_of_conditions_that_training_showed(small: pb.Screen) -> None:
     split = hold_out_cells(small, 0.4)
     fitted = pb.fit(pb.node(split.train, 2), split.train, epochs=1, progress=False)
