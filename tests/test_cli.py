@@ -77,6 +77,27 @@ def test_fit_saves_what_python_loads(node: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_evaluate_scores_a_fit_beside_the_baselines(tmp_path: Path) -> None:
+    adata = pb.simulate(n_cells=400, n_genes=8, n_perturbations=3, times=(1.0, 2.0), n_batches=2, seed=1).adata
+    hidden = (adata.obs["perturbation"] == adata.obs["perturbation"].unique()[-1]) & (adata.obs["time"] == 2)
+    apart = hidden | (np.arange(400) % 2 == 0) & (adata.obs["perturbation"] == "control")
+    files = {"all": adata, "train": adata[~hidden].copy(), "test": adata[apart].copy(), "rest": adata[~apart].copy()}
+    for name, cells in files.items():
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    whole, train, test, rest = (tmp_path / f"{name}.h5ad" for name in files)
+    out, node, other = tmp_path / "scores.csv", tmp_path / "node", tmp_path / "other"
+    said("fit", train, "--latent", 2, "--epochs", 1, "--out", node, "--time", "time", "--batch", "batch")
+    said("fit", rest, "--latent", 2, "--epochs", 1, "--out", other, "--time", "time", "--batch", "batch")
+    assert "The model" in said("evaluate", node, whole, "--draws", 19, "--out", out)
+    assert set(pd.read_csv(out)["predictor"]) >= {"model", "noise floor", "control mean"}
+    facts = json.loads(said("evaluate", other, test, "--train", rest, "--draws", 19, "--json"))
+    assert facts["overall"]["model"]["error"] > 0
+    assert "was trained on" in refused("evaluate", node, rest, "--train", test)
+    assert "give --train" in refused("evaluate", other, test)
+    assert "none is left to test on" in refused("evaluate", node, train)
+
+
 def test_fit_reads_size_factors_and_prints_one_object(screen: Path, tmp_path: Path) -> None:
     facts = json.loads(
         said(
@@ -219,7 +240,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_help_is_printed_without_a_verb() -> None:
-    assert all(verb in run().output for verb in ("demo", "fit", "check", "predict"))
+    assert all(verb in run().output for verb in ("demo", "fit", "check", "evaluate", "predict"))
 
 
 def test_held_out_cells_are_kept_from_the_fit_and_the_same_in_every_demonstration() -> None:

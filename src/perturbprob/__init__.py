@@ -63,6 +63,7 @@ from perturbprob.model import (  # noqa: E402
 from perturbprob.response import GaussianResponse, gaussian_response  # noqa: E402
 from perturbprob.studies import (  # noqa: E402
     BatchPrior,
+    Evaluation,
     baselines,
     batch_error,
     branch_shares,
@@ -70,6 +71,7 @@ from perturbprob.studies import (  # noqa: E402
     decompose_batches,
     decompose_means,
     depth_effects,
+    evaluate,
     improve_layout,
     plan_batches,
     predictive_check,
@@ -79,6 +81,7 @@ from perturbprob.studies import (  # noqa: E402
     select,
     sensitivity,
     steady_states,
+    to_cell_eval,
 )
 
 __version__ = "0.1.0"
@@ -88,6 +91,7 @@ __all__ = [
     "Assay",
     "BatchPrior",
     "CellModel",
+    "Evaluation",
     "ExchangeableBatches",
     "Fit",
     "GaussianResponse",
@@ -121,6 +125,7 @@ __all__ = [
     "do",
     "edges",
     "effects",
+    "evaluate",
     "false_hits",
     "fit",
     "gaussian_response",
@@ -150,6 +155,7 @@ __all__ = [
     "split",
     "stationary",
     "steady_states",
+    "to_cell_eval",
     "translate",
     "vae",
 ]

@@ -1,4 +1,4 @@
-"""The same verbs from a shell: perturbprob demo, fit, check and predict."""
+"""The same verbs from a shell: perturbprob demo, fit, check, evaluate and predict."""
 
 import functools
 import inspect
@@ -190,6 +190,37 @@ def check(
 
 
 @_command
+@_with_columns
+def evaluate(
+    folder: Folder,
+    screen: File,
+    *,
+    columns: dict[str, Any],
+    train: Annotated[
+        Path | None,
+        typer.Option(metavar="SCREEN", help="The cells that were trained on (default: those in the first file).", show_default=False),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Number of posterior draws.")] = 100,
+    seed: Seed = 0,
+    out: Table = None,
+    as_json: Json = False,
+) -> None:
+    """Score a fit on conditions that it never saw, beside every simple baseline and the noise floor.
+
+    Control cells and baselines are of the cells that it was trained on. These may be in the same file: the others are tested.
+    """
+    fitted, named = inference.load(folder), _remembered(folder) | columns
+    trained, tested = _parts(fitted, _read(screen, named)) if train is None else (_read(train, named), _read(screen, named))
+    found = studies.evaluate(fitted, tested, trained, n_draws=draws, seed=seed, progress=sys.stderr.isatty())
+    files = [] if out is None else _write(found.conditions.reset_index(), out)
+    if as_json:
+        _say(json.dumps(found.to_dict() | {"files": files}, allow_nan=False))
+    else:
+        scores = found.overall[["error", "error_over_floor", "direction_control", "discrimination", "coverage90", "crps"]]
+        _say("\n".join([scores.to_string(float_format="{:.4g}".format), "", found.report(), *(f"Wrote {name}." for name in files)]))
+
+
+@_command
 def predict(
     folder: Folder,
     protocol: Annotated[
@@ -257,6 +288,17 @@ def _read(path: Path, columns: dict[str, Any]) -> Screen:
         if not path.exists():
             raise
         raise ValueError(f"Cannot read {path}: it is damaged, cut off, or not what its name says.") from error
+
+
+def _parts(fitted: Fit, cells: Screen) -> tuple[Screen, Screen]:
+    """Return the cells that a fit was trained on, and the others; refuse a file that holds one of the two only."""
+    known = set(fitted.trained_on["cells"])
+    seen = pd.Index(map(str, cells.cells)).isin(known)
+    if not seen.any():
+        raise ValueError("No cell of this file was trained on, and control cells and baselines are of those that were: give --train.")
+    if seen.all():
+        raise ValueError(f"The fit was trained on all {cells.n_cells:,} cells of this file: none is left to test on.")
+    return cells[seen], cells[~seen]
 
 
 def _facts(fitted: Fit, cells: Screen) -> dict[str, Any]:

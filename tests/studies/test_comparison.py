@@ -42,6 +42,8 @@ def test_each_column_is_what_it_says(fits: dict[str, pb.Fit], split: pb.split.Sp
         assert row["parameters"] == sum(p.numel() for m in (fits[str(name)].model, fits[str(name)].guide) for p in m.parameters())
         assert row["seconds"] == fits[str(name)].seconds > 0
         assert 0 < row["coverage"] <= 1
+        assert np.isfinite(row[["weighted_error", "direction_mean", "energy", "mmd", "sinkhorn", "crps"]].to_numpy(float)).all()
+        assert row[["coverage50", "coverage80"]].between(0, 1).all()
     assert table.loc[best, "standard_error"] == 0
 
 

@@ -228,6 +228,29 @@ def known_protocol(fit: "Fit", protocol: Protocol | Action) -> Protocol:
     return known
 
 
+def drawn_means(
+    fit: "Fit",
+    conditions: Sequence[Protocol],
+    batches: Sequence[str | None],
+    scale: str,
+    *,
+    n_draws: int,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[Float[Tensor, "condition gene"]]:
+    """Yield draw by draw what `predict` summarises: the population mean of each condition, each in its batch, without its warnings.
+
+    Conditions and batches are named in pairs and may come several times; one draw is one value of every global for all of them. Raises
+    ValueError for what the fit does not know.
+    """
+    protocols = [fit.model.vocabulary.protocol(p) for p in conditions]
+
+    def mean(expectation: Expectation, sites: Sites, part: Tensor, share: Tensor) -> Tensor:
+        return expectation.means(sites, part, scale, None)
+
+    yield from _draws(fit, protocols, list(batches), mean, n_draws=n_draws, seed=seed, progress=progress)
+
+
 def _draws(
     fit: "Fit",
     protocols: list[Protocol],

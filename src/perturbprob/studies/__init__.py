@@ -5,8 +5,10 @@ from perturbprob.studies.batch_decomposition import decompose_batches
 from perturbprob.studies.batch_error import batch_error
 from perturbprob.studies.batch_plan import improve_layout, plan_batches, propose_layouts
 from perturbprob.studies.branches import branch_shares
+from perturbprob.studies.cell_eval import to_cell_eval
 from perturbprob.studies.comparison import compare
 from perturbprob.studies.depth_effects import depth_effects
+from perturbprob.studies.evaluation import Evaluation, evaluate
 from perturbprob.studies.identification import prior_screen
 from perturbprob.studies.layout_error import BatchPrior
 from perturbprob.studies.mean_decomposition import decompose_means
@@ -18,6 +20,7 @@ from perturbprob.studies.steady_state import steady_states
 
 __all__ = [
     "BatchPrior",
+    "Evaluation",
     "baselines",
     "batch_error",
     "branch_shares",
@@ -25,6 +28,7 @@ __all__ = [
     "decompose_batches",
     "decompose_means",
     "depth_effects",
+    "evaluate",
     "improve_layout",
     "plan_batches",
     "predictive_check",
@@ -34,4 +38,5 @@ __all__ = [
     "select",
     "sensitivity",
     "steady_states",
+    "to_cell_eval",
 ]

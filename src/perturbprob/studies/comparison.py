@@ -11,12 +11,22 @@ from jaxtyping import Float
 from perturbprob.experiment.screen import require_screen
 from perturbprob.inference.density import log_density
 from perturbprob.inference.draws import require_fit
+from perturbprob.studies.cell_scores import DISTANCES, fit_distances
 from perturbprob.studies.held_out_means import Means
+from perturbprob.studies.mean_scores import overall_mean, score_intervals, score_means
 from perturbprob.studies.predictive_check import predictive_check
+from perturbprob.studies.predictors import from_fit
+from perturbprob.studies.trial import refuse_trained_cells
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
     from perturbprob.inference.fit import Fit
+
+AT_MOST = 200
+"""Of how many cells of a condition distances are taken."""
+COLUMNS = {"direction_control": "direction"}
+SCORES = ("error", "weighted_error", "direction", "direction_mean", "discrimination", "de_overlap", "de_sign")
+SPREADS = (*DISTANCES, "crps", "coverage50", "coverage80")
 
 
 def compare(
@@ -35,12 +45,14 @@ def compare(
       so conditions are what is drawn at random where there are at least two: the error is that of a ratio of sums over conditions.
     - ``conditions_better``: the share of conditions whose cells it gives more density than the best does.
     - ``error``: mean square over conditions and genes of predicted minus observed mean of log(1 + count), cells in their own batch;
-      NaN for continuous values, as are the next two.
+      NaN for continuous values, as are the next columns up to ``coverage80``.
     - ``direction``: mean over perturbed conditions of the correlation over genes of predicted and observed change of that mean from control
       cells of the same media and time, in the same batches where there are any, of the test screen and the screens trained on. Both
       sides have the noise of these cells, so that few of them make it too large. ``discrimination``: mean over perturbed conditions of the
       share of the others of the same media and time that the prediction is further from, edited genes left out; 0.5 by chance.
       Both are NaN where there is nothing to compare with (`perturbprob.studies.metrics`).
+    - ``weighted_error``, ``direction_mean``, ``de_overlap``, ``de_sign``, ``energy``, ``mmd``, ``sinkhorn``, ``crps``, ``coverage50``,
+      ``coverage80``: the scores of `evaluate`, mean over perturbed conditions (of the last three, over all) that have a value.
     - ``coverage``: the share of conditions and genes whose observed mean lies inside the central 90 % of screens replicated from rest.
     - ``parameters``: numbers trained, of model and guide; ``seconds``: how long that took.
 
@@ -72,13 +84,24 @@ def compare(
                 "difference": behind.mean(),
                 "standard_error": _standard_error(behind, test.condition),
                 "conditions_better": float(np.heaviside(_sums(behind, test.condition), 0).mean()),
-                **means.score(fit, how),
+                **_scores(means, fit, how),
                 "coverage": float(((check >= 0.05) & (check <= 0.95)).mean()),
                 "parameters": sum(p.numel() for module in (fit.model, fit.guide) for p in module.parameters()),
                 "seconds": fit.seconds,
             }
         )
     return pd.DataFrame(rows, index=pd.Index(order, name="fit"))
+
+
+def _scores(means: Means, fit: "Fit", how: dict[str, Any]) -> dict[str, float]:
+    """Return the scores of `evaluate`, mean over conditions."""
+    if means.test.values != "counts":
+        return dict.fromkeys((*SCORES, *SPREADS), np.nan)
+    predicted = from_fit(fit, means, **how)
+    found = score_means(means, predicted.mean) | score_intervals(means, predicted.draws, how["seed"])
+    found |= fit_distances(means, fit, AT_MOST, how["seed"], progress=how["progress"])
+    found = {COLUMNS.get(name, name): value for name, value in found.items()}
+    return {name: overall_mean(found[name]) for name in (*SCORES, *SPREADS)}
 
 
 def _density(fit: "Fit", test: "Screen", particles: int, how: dict[str, Any]) -> Float[np.ndarray, " cell"]:
@@ -96,17 +119,11 @@ def _check(fits: Mapping[str, "Fit"], test: "Screen") -> None:
         raise TypeError(f"compare takes named fits, as in {{'node': fit1, 'vae': fit2}}; got {type(fits).__name__}.")
     if len(fits) < 2:
         raise ValueError(f"compare needs two fits or more; got {len(fits)}.")
-    cells = set(map(str, test.cells))
     for name, fit in fits.items():
         require_fit(fit)
         if fit.settings["objective"] == "paths" and fit.model.start is None:
             raise ValueError(f"{name!r} was fitted by objective='paths' and has no density of a cell: compare fits by the ELBO.")
-        known = set(fit.trained_on["cells"]).union(*fit.trained_on.get("adapted", {}).values())
-        if seen := cells & known:
-            raise ValueError(
-                f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {min(seen)!r}: give cells that no "
-                "fit has seen, as split.hold_out_cells or split.hold_out_time makes them."
-            )
+        refuse_trained_cells(name, fit, test)
     if without := [name for name, fit in fits.items() if fit.settings["objective"] == "kds"]:
         warnings.warn(
             f"{', '.join(map(repr, without))} has no likelihood, being fitted by objective='kds': log_density, difference, standard_error "

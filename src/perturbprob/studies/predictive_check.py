@@ -136,6 +136,16 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
+@torch.no_grad()
+def replicate(
+    fit: "Fit", table: CellTable, draw: "Sites", rows: Int[Tensor, " cell"], *, seed: tuple[int, ...]
+) -> Float[np.ndarray, "cell gene"]:
+    """Draw new counts for some cells of a table, from rest, given one draw of the globals."""
+    with seeded(*seed):
+        sites = table.sites(draw)
+        return _replicate(fit, sites, gone(fit, table, sites, rows, seen=False)).cpu().numpy()
+
+
 def _replicate(fit: "Fit", sites: "Sites", cells: Cells) -> Float[Tensor, "cell gene"]:
     """Draw new counts for cells, from rest."""
     z = fit.model.at_rest(len(cells)).sample()

@@ -1,0 +1,123 @@
+"""What predictors say of the means of conditions: fits and predictions read into one form, names checked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import scipy.stats
+import xarray as xr
+from jaxtyping import Float
+
+from perturbprob.experiment.moments import membership
+from perturbprob.experiment.reading import some
+from perturbprob.experiment.vocabulary import nearest
+from perturbprob.inference.fit import Fit
+from perturbprob.inference.predict import drawn_means
+
+if TYPE_CHECKING:
+    from perturbprob.experiment.action import Protocol
+    from perturbprob.studies.held_out_means import Means
+
+Predictor = Fit | xr.Dataset | xr.DataArray
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A predicted mean of log(1 + count) and draws of it, which tell how sure it is."""
+
+    mean: Float[np.ndarray, "condition gene"]
+    draws: Float[np.ndarray, "draw condition gene"]
+
+
+def named(predictor: Predictor | Mapping[str, Predictor]) -> dict[str, Predictor]:
+    """Return predictors by name; a single one is called "model"."""
+    several = isinstance(predictor, Mapping) and not isinstance(predictor, xr.Dataset)
+    found: dict[Any, Any] = dict(cast("Mapping[str, Predictor]", predictor)) if several else {"model": predictor}
+    if not found:
+        raise ValueError("No predictor to evaluate: give a fit, or predictions of means.")
+    for name, one in found.items():
+        if not isinstance(name, str):
+            raise TypeError(f"Predictors are named by text, as in {{'node': fit}}; got the name {name!r}.")
+        if not isinstance(one, Fit | xr.Dataset | xr.DataArray):
+            raise TypeError(
+                f"{name!r} is a {type(one).__name__}: evaluate takes a fit, or predictions of means such as "
+                "predict(fit, conditions, scale='log1p') or a baseline returns."
+            )
+    return found
+
+
+def from_fit(fit: Fit, means: "Means", *, n_draws: int, seed: int, progress: bool) -> Prediction:
+    """Predict each condition by a fit, cells in their own batch: draws of the mean, weighted over the batches that the condition is in.
+
+    A batch that the fit never saw is one more of its law of batches; where it has seen one batch only, η is taken as 0.
+    """
+    condition, batch = np.nonzero(means.cells)
+    batches = [batch_of(fit, means.test.batches[b]) for b in batch]
+    weight = membership(condition, len(means.cells)).multiply(means.cells[condition, batch] / means.n[condition])
+    protocols = [means.test.conditions[c] for c in condition]
+    scale = "log1p" if fit.model.start is None else "value"
+    found = drawn_means(fit, protocols, batches, scale, n_draws=n_draws, seed=seed, progress=progress)
+    draws = np.stack([weight @ each.numpy().astype(np.float64) for each in found])
+    return Prediction(draws.mean(0), draws)
+
+
+def batch_of(fit: Fit, batch: str) -> str | None:
+    """Return what `predict` calls a batch: its name, "new" where the fit never saw it, None where it cannot tell batches apart."""
+    if batch in fit.model.vocabulary.batches:
+        return batch
+    return "new" if fit.model.batch_effect.n_batches > 1 else None
+
+
+def from_table(
+    name: str, table: xr.Dataset | xr.DataArray, genes: Sequence[str], conditions: "Sequence[Protocol]", *, n_draws: int, seed: int
+) -> Prediction:
+    """Read predictions, aligned by name of condition and gene; what is lacking, doubled, NaN or on another scale is refused."""
+    mean, sd = _columns(name, table)
+    wanted = {"condition": list(map(str, conditions)), "gene": list(genes)}
+    parts = [_aligned(name, part, wanted) for part in (mean, sd)]
+    if not np.isfinite(parts[0]).all():
+        lacking = [wanted["condition"][k] for k in np.flatnonzero(~np.isfinite(parts[0]).all(1))]
+        raise ValueError(f"{name!r} predicts NaN or infinity in {some(lacking, 'condition')}: every gene needs a number.")
+    spread = np.nan_to_num(parts[1], nan=0.0)
+    if (spread < 0).any():
+        raise ValueError(f"{name!r} has an sd below 0: give the standard deviation of each predicted mean.")
+    draws = parts[0] + spread * np.random.default_rng([seed, 2]).standard_normal((n_draws, *spread.shape))
+    return Prediction(parts[0], draws)
+
+
+def _columns(name: str, table: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Return mean and sd; an sd that is not given is read from the interval of `predict`, and is 0 without one."""
+    if isinstance(table, xr.Dataset) and "mean" not in table:
+        raise ValueError(f"{name!r} has no variable 'mean'. {nearest('mean', map(str, table.data_vars))}")
+    mean = table["mean"] if isinstance(table, xr.Dataset) else table
+    scale = table.attrs.get("scale", mean.attrs.get("scale", "log1p"))
+    if scale != "log1p":
+        raise ValueError(f"{name!r} predicts on the scale {scale!r}; means of log(1 + count) are scored: predict(fit, ..., scale='log1p').")
+    if set(mean.dims) != {"condition", "gene"}:
+        raise ValueError(f"{name!r} has the dims {tuple(mean.dims)}; means have the dims ('condition', 'gene').")
+    for dim in ("condition", "gene"):
+        if dim not in mean.coords:
+            raise ValueError(f"{name!r} does not name its {dim}s, by which it is aligned: give it the coordinate {dim!r}.")
+    if isinstance(table, xr.Dataset) and {"lower", "upper"} <= set(table) and "sd" not in table:
+        if table.attrs.get("interval", "mean") != "mean":
+            raise ValueError(f"{name!r} holds intervals of observed means; evaluate adds the noise of sampling itself: interval='mean'.")
+        width = 2 * scipy.stats.norm.ppf((1 + table.attrs.get("level", 0.9)) / 2)
+        return mean, (table["upper"] - table["lower"]) / width
+    known = "sd" in table if isinstance(table, xr.Dataset) else "sd" in table.coords
+    return mean, table["sd"] if known else xr.zeros_like(mean)
+
+
+def _aligned(name: str, part: xr.DataArray, wanted: dict[str, list[str]]) -> Float[np.ndarray, "condition gene"]:
+    """Return values in the order of the names that are scored."""
+    part = part.transpose("condition", "gene")
+    at = []
+    for dim, names in wanted.items():
+        own = list(map(str, part[dim].values))
+        place = {one: k for k, one in enumerate(own)}
+        if lacking := [one for one in names if one not in place]:
+            raise ValueError(f"{name!r} lacks {some(lacking, f'tested {dim}')}. {nearest(lacking[0], own)}")
+        if doubled := [one for one in names if own.count(one) > 1]:
+            raise ValueError(f"{name!r} names {some(doubled, dim)} more than once: give each once.")
+        at.append([place[one] for one in names])
+    return part.values[np.ix_(*at)].astype(np.float64)
