@@ -339,3 +339,23 @@ def test_tables_travel_as_json(found: pb.Evaluation) -> None:
     assert read["overall"]["control cells"]["error"] is None
     assert len(read["conditions"]) == len(found.conditions)
     assert read["paired"]["control mean"]["beats"] in (True, False)
+
+
+def test_a_response_model_and_an_ensemble_are_predictors(fit: pb.Fit, part: Split) -> None:
+    response = pb.gaussian_response(part.train, ["free"], progress=False)
+    found = pb.evaluate({"response": response, "twice": [fit, fit], "fit": fit}, part, baselines=(), **SHORT)
+    test = part.test
+    share = np.array([[np.mean(test.batch[test.condition == c] == b) for b in range(2)] for c in range(len(test.conditions))])
+    each = [response.predict(test.conditions, batch=batch)["mean"].values for batch in test.batches]
+    mean = share[:, :1] * each[0] + share[:, 1:] * each[1]
+    expected = ((mean - truth(part).values) ** 2).mean(1)
+    error = found.conditions["error"]
+    assert error.loc["response"].to_numpy() == pytest.approx(expected)
+    assert error.loc["twice"].to_numpy() == pytest.approx(error.loc["fit"].to_numpy(), rel=0.2)
+    assert np.isnan(found.overall.loc["twice", "log_density"])
+    assert found.overall.loc["response", "coverage90"] > 0.5
+
+
+def test_a_response_model_that_saw_the_answer_is_refused(small: pb.Screen, part: Split) -> None:
+    with pytest.raises(ValueError, match="'model' was trained on 6 tested pairs of condition and batch"):
+        pb.evaluate(pb.gaussian_response(small, ["free"], progress=False), part, baselines=())

@@ -95,7 +95,7 @@ def predict(
         return expectation.means(sites, part, scale, None if n_cells is None else (n_cells * share).clamp(min=1))
 
     how: dict[str, Any] = {"edited": edited, "n_cells": n_cells, "seed": seed, "progress": progress}
-    shares = np.diff(np.arange(len(fits) + 1) * n_draws // len(fits)).tolist()
+    shares = ensemble_shares(len(fits), n_draws)
     draws = (_draws(one, protocols, batches, mean, n_draws=n, **how) for one, n in zip(fits, shares, strict=True))
     data = _interval(torch.stack(list(chain.from_iterable(draws))), level)
     if fit.settings["objective"] != "elbo" and interval == "mean":  # a deterministic fit does not know how sure it is
@@ -121,6 +121,15 @@ def members(fits: "Fit | Sequence[Fit]", n_draws: int) -> "list[Fit]":
     if n_draws < len(several):
         raise ValueError(f"{n_draws} draws are fewer than the {len(several)} fits of the ensemble: raise n_draws.")
     return several
+
+
+def ensemble_shares(n_fits: int, n_draws: int) -> list[int]:
+    """Return how many of the draws each fit of an ensemble gives, as equal as can be.
+
+    >>> ensemble_shares(3, 10)
+    [3, 3, 4]
+    """
+    return [(k + 1) * n_draws // n_fits - k * n_draws // n_fits for k in range(n_fits)]
 
 
 def predict_assay(

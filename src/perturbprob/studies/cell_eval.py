@@ -11,7 +11,8 @@ from scipy.sparse import csr_array, csr_matrix, vstack
 from perturbprob.experiment.settings import check_seed
 from perturbprob.inference.fit import Fit
 from perturbprob.studies.cell_scores import control_beside, replicates
-from perturbprob.studies.predictors import Predictor, from_table, named
+from perturbprob.studies.predictors import Predictor, named
+from perturbprob.studies.predictors import predicted as predicted_means
 from perturbprob.studies.trial import Trial
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _of_fit(fit: Fit, means: "Means", seed: int, *, progress: bool) -> csr_array
 def _of_table(name: str, table: Predictor, means: "Means", control: csr_array, seed: int) -> csr_array:
     """Return log(1 + count) of cells made to have the predicted means, one for each test cell."""
     test, rng = means.test, np.random.default_rng([seed, 5])
-    wanted = from_table(name, table, test.genes, test.conditions, n_draws=1, seed=seed).mean  # type: ignore[arg-type]
+    wanted = predicted_means(name, table, means, n_draws=20, seed=seed).mean
     found, known = np.empty((test.n_cells, test.n_genes)), np.rint(np.expm1(control.toarray()))
     for k, mean in enumerate(wanted):
         rows = np.flatnonzero(test.condition == k)

@@ -15,7 +15,7 @@ from perturbprob.studies.cell_scores import DISTANCES, fit_distances
 from perturbprob.studies.held_out_means import Means
 from perturbprob.studies.mean_scores import overall_mean, score_intervals, score_means
 from perturbprob.studies.predictive_check import predictive_check
-from perturbprob.studies.predictors import from_fit
+from perturbprob.studies.predictors import predicted
 from perturbprob.studies.trial import refuse_trained_cells
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def _scores(means: Means, fit: "Fit", how: dict[str, Any]) -> dict[str, float]:
     """Return the scores of `evaluate`, mean over conditions."""
     if means.test.values != "counts":
         return dict.fromkeys((*SCORES, *SPREADS), np.nan)
-    predicted = from_fit(fit, means, **how)
-    found = score_means(means, predicted.mean) | score_intervals(means, predicted.draws, how["seed"])
+    means_of = predicted("fit", fit, means, **how)
+    found = score_means(means, means_of.mean) | score_intervals(means, means_of.draws, how["seed"])
     found |= fit_distances(means, fit, AT_MOST, how["seed"], progress=how["progress"])
     found = {COLUMNS.get(name, name): value for name, value in found.items()}
     return {name: overall_mean(found[name]) for name in (*SCORES, *SPREADS)}

@@ -18,7 +18,7 @@ from perturbprob.studies.evaluation_words import report
 from perturbprob.studies.held_out_means import FEW, Means
 from perturbprob.studies.mean_baselines import MEAN_BASELINES
 from perturbprob.studies.mean_scores import INTERVAL_SCORES, MEAN_SCORES, Scores, overall_mean, score_intervals, score_means
-from perturbprob.studies.predictors import Predictor, from_fit, from_table, named
+from perturbprob.studies.predictors import Predictor, named, predicted
 from perturbprob.studies.trial import Trial
 
 if TYPE_CHECKING:
@@ -92,10 +92,11 @@ def evaluate(
     of the same media and time, of the test and training screens, weighted over batches as the condition is. Predicted control is
     never looked at. Main arguments:
 
-    - ``predictor``: a fit; or predicted means, as `predict` with ``scale="log1p"`` and the `baselines` return them: a Dataset with
-      ``mean`` (condition, gene) and, if known, ``sd``, the standard deviation of that mean (or ``lower`` and ``upper`` of `predict`), or a
-      DataArray with the coordinate ``sd``; or several of these by name, the first of which is what the words are about. Predictions are
-      aligned by name. Values that a fit of continuous values predicts are taken for means of log(1 + count).
+    - ``predictor``: a fit; a list of fits that differ in their seed (an ensemble, scored as means); a `gaussian_response`; or predicted
+      means, as `predict` with ``scale="log1p"`` and the `baselines` return them: a Dataset with ``mean`` (condition, gene) and, if known,
+      ``sd``, the standard deviation of that mean (or ``lower`` and ``upper`` of `predict`), or a DataArray with the coordinate ``sd``. Or
+      several of these by name, the first of which is what the words are about. Predictions are aligned by name. Values that a fit of
+      continuous values predicts are taken for means of log(1 + count).
     - ``test``: a split, or a screen, beside which ``train`` is the training screen (by default the one that the fit still holds).
     - ``baselines``: functions of a training screen and conditions by name, instead of `baselines.MEAN_BASELINES`; () for none.
     - ``n_draws`` of predicted means, ``particles`` of `log_density`, ``at_most`` so many cells of a condition for distances.
@@ -186,13 +187,9 @@ class _Scoring:
     def of_predictor(self, name: str, predictor: Predictor) -> Scores:
         """Return all scores of a fit, or those of means of a table."""
         means, seed = self.means, self.seed
-        if not isinstance(predictor, Fit):
-            test = means.test
-            found = from_table(name, predictor, test.genes, test.conditions, n_draws=self.n_draws, seed=seed)
-            return score_means(means, found.mean) | score_intervals(means, found.draws, seed)
-        found = from_fit(predictor, means, n_draws=self.n_draws, seed=seed, progress=self.progress)
+        found = predicted(name, predictor, means, n_draws=self.n_draws, seed=seed, progress=self.progress)
         scores = score_means(means, found.mean) | score_intervals(means, found.draws, seed)
-        if predictor.model.start is not None:
+        if not isinstance(predictor, Fit) or predictor.model.start is not None:
             return scores
         scores |= cell_scores.fit_distances(means, predictor, self.at_most, seed, progress=self.progress)
         density = cell_scores.fit_log_density(means, predictor, particles=self.particles, seed=seed, progress=self.progress)

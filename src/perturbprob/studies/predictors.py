@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import scipy.stats
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 
 from perturbprob.experiment.moments import membership
 from perturbprob.experiment.reading import some
 from perturbprob.experiment.vocabulary import nearest
 from perturbprob.inference.fit import Fit
-from perturbprob.inference.predict import drawn_means
+from perturbprob.inference.predict import drawn_means, ensemble_shares, members
+from perturbprob.response import GaussianResponse
 
 if TYPE_CHECKING:
     from perturbprob.experiment.action import Protocol
     from perturbprob.studies.held_out_means import Means
 
-Predictor = Fit | xr.Dataset | xr.DataArray
+Predictor = Fit | Sequence[Fit] | GaussianResponse | xr.Dataset | xr.DataArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,27 +41,58 @@ def named(predictor: Predictor | Mapping[str, Predictor]) -> dict[str, Predictor
     for name, one in found.items():
         if not isinstance(name, str):
             raise TypeError(f"Predictors are named by text, as in {{'node': fit}}; got the name {name!r}.")
-        if not isinstance(one, Fit | xr.Dataset | xr.DataArray):
+        if not isinstance(one, Fit | GaussianResponse | xr.Dataset | xr.DataArray) and not fits_of(one):
             raise TypeError(
-                f"{name!r} is a {type(one).__name__}: evaluate takes a fit, or predictions of means such as "
-                "predict(fit, conditions, scale='log1p') or a baseline returns."
+                f"{name!r} is a {type(one).__name__}: evaluate takes a fit, a list of fits, a gaussian_response, or predictions of "
+                "means such as predict(fit, conditions, scale='log1p') or a baseline returns."
             )
     return found
 
 
-def from_fit(fit: Fit, means: "Means", *, n_draws: int, seed: int, progress: bool) -> Prediction:
-    """Predict each condition by a fit, cells in their own batch: draws of the mean, weighted over the batches that the condition is in.
+def fits_of(predictor: Predictor) -> list[Fit]:
+    """Return the fits that a predictor consists of: itself, or the members of an ensemble."""
+    several: list[Any] = list(predictor) if isinstance(predictor, list | tuple) else [predictor]
+    return several if all(isinstance(one, Fit) for one in several) else []
 
-    A batch that the fit never saw is one more of its law of batches; where it has seen one batch only, η is taken as 0.
+
+def predicted(name: str, predictor: Predictor, means: "Means", *, n_draws: int, seed: int, progress: bool = False) -> Prediction:
+    """Return the predicted means of tested conditions, cells in their own batch, with draws of them."""
+    if fits := fits_of(predictor):
+        return _from_fits(members(fits, n_draws), means, n_draws=n_draws, seed=seed, progress=progress)
+    if isinstance(predictor, GaussianResponse):
+        return _from_response(predictor, means, n_draws, seed)
+    table = cast("xr.Dataset | xr.DataArray", predictor)
+    return from_table(name, table, means.test.genes, means.test.conditions, n_draws=n_draws, seed=seed)
+
+
+def _from_fits(fits: Sequence[Fit], means: "Means", *, n_draws: int, seed: int, progress: bool) -> Prediction:
+    """Predict each condition by fits that share the draws: draws of the mean, weighted over the batches that the condition is in.
+
+    A batch that the fits never saw is one more of their law of batches; where they have seen one batch only, η is taken as 0.
     """
+    condition, batch, weight = _pairs(means)
+    batches, protocols = [batch_of(fits[0], means.test.batches[b]) for b in batch], [means.test.conditions[c] for c in condition]
+    scale, draws = "log1p" if fits[0].model.start is None else "value", []
+    for fit, n in zip(fits, ensemble_shares(len(fits), n_draws), strict=True):
+        found = drawn_means(fit, protocols, batches, scale, n_draws=n, seed=seed, progress=progress)
+        draws += [weight @ each.numpy().astype(np.float64) for each in found]
+    return Prediction(np.mean(draws, 0), np.stack(draws))
+
+
+def _from_response(response: GaussianResponse, means: "Means", n_draws: int, seed: int) -> Prediction:
+    """Predict each condition in each of its batches; what is not known of a condition is taken to be the same in all of them."""
+    condition, batch, weight = _pairs(means)
+    protocols, batches = [means.test.conditions[c] for c in condition], [means.test.batches[b] for b in batch]
+    found = response.predict(protocols, batch=batches)
+    mean, sd = (weight @ found[name].values for name in ("mean", "sd"))
+    return Prediction(mean, mean + sd * np.random.default_rng([seed, 2]).standard_normal((n_draws, *sd.shape)))
+
+
+def _pairs(means: "Means") -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"], csr_array]:
+    """Return the tested pairs of condition and batch, and the matrix (condition, pair) that averages over a condition's cells."""
     condition, batch = np.nonzero(means.cells)
-    batches = [batch_of(fit, means.test.batches[b]) for b in batch]
-    weight = membership(condition, len(means.cells)).multiply(means.cells[condition, batch] / means.n[condition])
-    protocols = [means.test.conditions[c] for c in condition]
-    scale = "log1p" if fit.model.start is None else "value"
-    found = drawn_means(fit, protocols, batches, scale, n_draws=n_draws, seed=seed, progress=progress)
-    draws = np.stack([weight @ each.numpy().astype(np.float64) for each in found])
-    return Prediction(draws.mean(0), draws)
+    share = means.cells[condition, batch] / means.n[condition]
+    return condition, batch, csr_array(membership(condition, len(means.cells)).multiply(share))
 
 
 def batch_of(fit: Fit, batch: str) -> str | None:

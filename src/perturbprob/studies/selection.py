@@ -14,6 +14,8 @@ from perturbprob.experiment.settings import check_whole
 from perturbprob.inference.fit import Fit, fit
 from perturbprob.model.cell_model import CellModel
 from perturbprob.studies.held_out_means import Means
+from perturbprob.studies.metrics import mean_square_error
+from perturbprob.studies.predictors import predicted
 
 if TYPE_CHECKING:
     from perturbprob.experiment.screen import Screen
@@ -121,7 +123,7 @@ def _course(make: Make, part: Split, every: int, how: dict[str, Any], training: 
 
     def score(one: Fit) -> None:
         if len(one.losses["train"]) in scored:
-            errors.append(means.score(one, how)["error"])
+            errors.append(float(mean_square_error(predicted("", one, means, **how).mean, means.observed).mean()))
 
     fit(make(part.train), part.train, **training, each_epoch=score)
     return errors + [np.inf] * (len(scored) - len(errors))  # where patience ran out

@@ -1,6 +1,6 @@
 """What is tested and what was trained on: read from a split or two screens, with every leak refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -10,7 +10,9 @@ from perturbprob.experiment.held_out import Split, pairs
 from perturbprob.experiment.reading import some
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.inference.fit import Fit
+from perturbprob.response import GaussianResponse
 from perturbprob.studies.held_out_means import FEW, Means
+from perturbprob.studies.predictors import fits_of
 
 if TYPE_CHECKING:
     from perturbprob.studies.predictors import Predictor
@@ -28,14 +30,15 @@ class Trial:
         """Check everything: what is given, that nothing tested was trained on, and that each condition has control cells."""
         split, screen = (test, test.test) if isinstance(test, Split) else (None, test)
         require_screen(screen, partial=True)
-        fits = {name: one for name, one in predictors.items() if isinstance(one, Fit)}
-        trained = (split.train if split else _train_of(fits)) if train is None else train
+        fits = [(name, fit) for name, one in predictors.items() for fit in fits_of(one)]
+        trained = (split.train if split else _train_of([fit for _, fit in fits])) if train is None else train
         require_screen(trained, partial=True)
         _check_screens(screen, trained)
-        for name, fit in fits.items():
+        for name, fit in fits:
             refuse_trained_cells(name, fit, screen)
-            if split is None or split.kind != "cells":
-                _refuse_trained_conditions(name, fit, screen, split)
+        if split is None or split.kind != "cells":
+            for name, known in _trained_conditions(predictors):
+                _refuse_trained_conditions(name, known, screen, split)
         edited = np.array([bool(p.perturbations) for p in screen.conditions])
         means = Means.of(screen[edited[screen.condition]], [trained], beside=screen)
         _check_control(means)
@@ -43,9 +46,21 @@ class Trial:
         return cls(means, trained)
 
 
-def _train_of(fits: dict[str, Fit]) -> Screen:
+def _trained_conditions(predictors: "Mapping[str, Predictor]") -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """Yield the batches of each condition that a predictor was trained on, as far as it says so."""
+    for name, one in predictors.items():
+        for fit in fits_of(one):
+            yield name, {condition: list(batches) for condition, batches in fit.trained_on["conditions"].items()}
+        if isinstance(one, GaussianResponse):
+            known: dict[str, list[str]] = {}
+            for condition, batch in pairs(one.rows.screen):
+                known.setdefault(str(condition), []).append(batch)
+            yield name, known
+
+
+def _train_of(fits: list[Fit]) -> Screen:
     """Return the screen of the first fit that still has its own."""
-    found = next((fit.screen for fit in fits.values() if fit.screen is not None), None)
+    found = next((fit.screen for fit in fits if fit.screen is not None), None)
     if found is None:
         why = "a fit that was loaded no longer holds the screen it was trained on" if fits else "predictions do not hold it"
         raise ValueError(f"The training screen is needed, for control cells and baselines, and {why}: pass train=, or a split as test.")
@@ -75,9 +90,9 @@ def refuse_trained_cells(name: str, fit: Fit, test: Screen) -> None:
         )
 
 
-def _refuse_trained_conditions(name: str, fit: Fit, test: Screen, split: Split | None) -> None:
-    """Refuse a fit that was trained on a tested condition in the same batch; on a held-out one of a split, in any."""
-    known, held = fit.trained_on["conditions"], set(split.held_out if split else ())
+def _refuse_trained_conditions(name: str, known: dict[str, list[str]], test: Screen, split: Split | None) -> None:
+    """Refuse what was trained on a tested condition in the same batch; on a held-out one of a split, in any."""
+    held = set(split.held_out if split else ())
     seen = [
         f"{p} in batch {batch!r}"
         for p, batch in pairs(test)
