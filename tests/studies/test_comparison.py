@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import perturbprob as pb
 from perturbprob.studies.comparison import _standard_error
 from perturbprob.studies.held_out_means import Means
+
+pytestmark = pytest.mark.slow
 
 SHORT = {"particles": 10, "n_draws": 20, "progress": False}
 
@@ -27,9 +30,13 @@ def fits(split: pb.split.Split) -> dict[str, pb.Fit]:
     return {name: pb.fit(model, split.train, epochs=epochs, progress=False) for name, (model, epochs) in made.items()}
 
 
-def test_each_column_is_what_it_says(fits: dict[str, pb.Fit], split: pb.split.Split) -> None:
+@pytest.fixture(scope="module")
+def table(fits: dict[str, pb.Fit], split: pb.split.Split) -> pd.DataFrame:
+    return pb.compare(fits, split.test, **SHORT)
+
+
+def test_each_column_is_what_it_says(fits: dict[str, pb.Fit], split: pb.split.Split, table: pd.DataFrame) -> None:
     test = split.test
-    table = pb.compare(fits, test, **SHORT)
     density = {name: pb.log_density(fit, test, 10, n_draws=20, progress=False).values / 10 for name, fit in fits.items()}
     best = max(density, key=lambda name: density[name].mean())
     assert table.index.tolist() == sorted(density, key=lambda name: -density[name].mean())
@@ -47,9 +54,10 @@ def test_each_column_is_what_it_says(fits: dict[str, pb.Fit], split: pb.split.Sp
     assert table.loc[best, "standard_error"] == 0
 
 
-def test_the_error_is_that_of_the_means_of_log_counts_cells_in_their_own_batch(fits: dict[str, pb.Fit], split: pb.split.Split) -> None:
+def test_the_error_is_that_of_the_means_of_log_counts_cells_in_their_own_batch(
+    fits: dict[str, pb.Fit], split: pb.split.Split, table: pd.DataFrame
+) -> None:
     test, fit = split.test, fits["trained"]
-    table = pb.compare(fits, test, **SHORT)
     error = []
     for c, condition in enumerate(test.conditions):
         predicted = 0.0
@@ -66,7 +74,7 @@ def test_the_error_is_that_of_the_means_of_log_counts_cells_in_their_own_batch(f
 def test_changes_are_from_control_cells_that_were_observed(fits: dict[str, pb.Fit], split: pb.split.Split) -> None:
     """Control comes from the test screen and from those trained on, whichever fits still have theirs; without any there is no direction."""
     edited = split.test[np.concatenate([split.test.cells_of(p) for p in split.test.perturbations])]
-    forgotten = {name: replace(fit, screen=None) for name, fit in fits.items()}
+    forgotten = {name: replace(fits[name], screen=None) for name in ("trained", "raw")}
     whole, alone = (pb.compare(some, edited, **SHORT) for some in (forgotten | {"raw": fits["raw"]}, forgotten))
     assert whole["direction"].between(-1, 1).all()
     assert whole.loc["trained", "direction"] > 0.1

@@ -16,6 +16,8 @@ from perturbprob.studies.baselines import MEAN_BASELINES
 from perturbprob.studies.evaluation import interval
 from perturbprob.studies.mean_baselines import noise_floor
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"n_draws": 20, "particles": 2, "at_most": 20, "progress": False}
 CHEAP = {name: MEAN_BASELINES[name] for name in ("control mean", "perturbation mean", "last time")}
 OF_MEANS = ["error", "weighted_error", "direction_control", "direction_mean", "discrimination", "de_overlap", "de_sign"]
@@ -58,8 +60,9 @@ def conditions(found: pb.Evaluation, name: str = "model") -> np.ndarray:
 
 
 def test_errors_are_those_of_the_baselines_and_the_floor_is_that_of_the_noise(ishikawa: Split) -> None:
-    found = pb.evaluate({"truth": truth(ishikawa)}, ishikawa, n_draws=20)
-    for name in ("control mean", "shrunk offset", "hierarchical Gaussian"):
+    some = {name: MEAN_BASELINES[name] for name in ("control mean", "shrunk offset", "hierarchical Gaussian")}
+    found = pb.evaluate({"truth": truth(ishikawa)}, ishikawa, baselines=some, n_draws=20)
+    for name in some:
         expected = ((MEAN_BASELINES[name](ishikawa.train, ishikawa.held_out) - truth(ishikawa)) ** 2).mean("gene")
         error = found.conditions.loc[name, "error"]
         assert error.to_numpy() == pytest.approx(expected.sel(condition=error.index.to_numpy()).values)
@@ -194,7 +197,6 @@ def test_a_fit_without_a_density_has_none(part: Split) -> None:
     assert np.isfinite(row[["error", "energy"]].to_numpy(float)).all()
 
 
-@pytest.mark.slow
 def test_a_batch_that_the_fit_never_saw(small: pb.Screen) -> None:
     screen = pb.simulate(n_cells=600, n_genes=8, n_perturbations=3, n_batches=3, seed=4).screen
     split = hold_out_batches(screen, screen.batches[-1], keep_control=False)
@@ -242,7 +244,6 @@ def test_one_training_perturbation_is_enough_for_the_mean_but_not_to_discriminat
     assert found.overall.loc["model", "error"] == pytest.approx(found.overall.loc["perturbation mean", "error"])
 
 
-@pytest.mark.slow
 def test_cells_of_conditions_that_training_showed(small: pb.Screen) -> None:
     split = hold_out_cells(small, 0.4)
     fitted = pb.fit(pb.node(split.train, 2), split.train, epochs=1, progress=False)
@@ -317,7 +318,9 @@ def test_screens_that_do_not_fit_are_refused(part: Split, small: pb.Screen, ishi
 
 @pytest.mark.usefixtures("unchecked")
 def test_other_things_than_predictions_are_refused(part: Split) -> None:
-    with pytest.raises(TypeError, match="'model' is a list: evaluate takes a fit, or predictions of means"):
+    with pytest.raises(
+        TypeError, match="'model' is a list: evaluate takes a fit, a list of fits, a gaussian_response, or predictions of means"
+    ):
         pb.evaluate([1], part)
     with pytest.raises(TypeError, match=r"baselines= takes functions by name"):
         pb.evaluate(truth(part), part, baselines=["control mean"])

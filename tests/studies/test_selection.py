@@ -8,6 +8,8 @@ import pytest
 import perturbprob as pb
 from perturbprob.experiment.held_out import Split
 from perturbprob.studies.held_out_means import Means
+from perturbprob.studies.metrics import mean_square_error
+from perturbprob.studies.predictors import predicted
 from perturbprob.studies.selection import Selection
 
 pytestmark = pytest.mark.slow
@@ -60,7 +62,7 @@ def test_the_error_at_the_end_is_that_of_a_fit_of_the_training_part(inner: Split
     training: dict[str, Any] = {"epochs": 5, "minibatch": 64, "learning_rate": 0.05, "validation": 0.0, "progress": False}
     fitted = pb.fit(small(inner.train), inner.train, **training)
     means = Means.of(inner.test, [inner.train])
-    error = means.score(fitted, {"n_draws": 10, "seed": 0, "progress": False})["error"]
+    error = mean_square_error(predicted("fit", fitted, means, n_draws=10, seed=0).mean, means.observed).mean()
     np.testing.assert_allclose(choice.errors.loc[5, "small"], error, rtol=1e-5)
 
 
