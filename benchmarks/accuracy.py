@@ -6,19 +6,21 @@
 
 Errors are mean squares over conditions and genes of predicted minus observed mean of log(1 + count). S1 hides day 5 of the eleven
 perturbations that the paper hides; S2, the primary one, day 5 of every second perturbation, twice, so that all 23 are scored; S3 day 5 of
-all, control's visible; S5 all days of one perturbation at a time. ``coverage90`` is the share of observed means inside the model's central
-90 % interval, the noise of the sampled cells included, ``crps`` the continuous ranked probability score of the same normal. ``floor`` is
-the variance between cells over their number. Nothing is chosen on what is scored: the model has no setting but the list of its structures,
-which was written down after looking at ``validation``, the error on four folds of the perturbations whose day 5 training shows (of S1, S2).
+all, control's visible; S5 all days of one perturbation at a time. ``coverage90`` is the share of observed means inside the model's
+central 90 % interval, the noise of the sampled cells included, ``crps`` the continuous ranked probability score of the same normal.
+``floor`` is the variance between cells over their number. The model's structures are listed in `perturbprob.response.STRUCTURES`.
+``validation`` holds, for S1 and each fold of S2, the error of each of them and of their average on four folds of the knock-outs whose day
+5 its training part shows, and ``chosen`` the error on S2 where each fold takes whatever is best there by itself.
 
-``--ablation`` takes each ingredient out in turn and pairs the errors over the 23 conditions of S2. ``--others`` names the folder that holds
-papalexi2021_thp1_eccite.h5ad (one replicate left out, but for control) and datlinger2017_jurkat_summary.h5ad (a quarter of the stimulated
-knock-outs left out at a time). ``--nodes`` also trains neural ODEs on the means (eq 5, alone, with decay, with known errors), ``--renge
-10`` RENGE (``pip install renge==0.0.5``) with so many trials of its own search, on S2.
+``--ablation`` takes each ingredient out in turn and pairs the errors over the 23 conditions of S2. ``--others`` names the folder that
+holds papalexi2021_thp1_eccite.h5ad (one replicate left out, but for control) and datlinger2017_jurkat_summary.h5ad (a quarter of the
+stimulated knock-outs left out at a time). ``--nodes`` also trains neural ODEs, on the means (eq 5, alone, with decay, with known errors)
+and on counts, ``--renge 10`` RENGE (``pip install renge==0.0.5``) with so many trials of its own search, on S2.
 """
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ import perturbprob as pb
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.response import STRUCTURES
 from perturbprob.response import gaussian as response
+from perturbprob.studies.evaluation import interval
 from perturbprob.studies.proof_of_principle import MOVING
 
 Predictor = Callable[[pb.Screen, list[pb.Protocol]], xr.DataArray | xr.Dataset]
@@ -77,18 +80,24 @@ def scores(split: pb.split.Split, predictor: Predictor) -> pd.DataFrame:
     return pd.DataFrame({name: value.mean(1) for name, value in data.items()}, index=bulk["condition"].values)
 
 
-def all_scores(parts: list[pb.split.Split], predictor: Predictor) -> pd.DataFrame | None:
-    """Return the scores over all folds; None where a predictor cannot answer."""
+def all_scores(parts: list[pb.split.Split], predictor: Predictor) -> pd.DataFrame:
+    """Return the scores over all folds."""
+    return pd.concat([scores(part, predictor) for part in parts])
+
+
+def able(parts: list[pb.split.Split], predictor: Predictor) -> pd.DataFrame | None:
+    """Return the scores of a baseline; None where it says that it cannot answer."""
     try:
-        return pd.concat([scores(part, predictor) for part in parts])
-    except ValueError:
+        return all_scores(parts, predictor)
+    except ValueError as error:
+        print(f"{getattr(predictor, '__name__', predictor)}: {error}", file=sys.stderr)
         return None
 
 
 def table(parts: list[pb.split.Split]) -> dict[str, object]:
     """Return one object of a split: the model, and all baselines that can answer."""
     ours = all_scores(parts, gaussian)
-    found = {name: all_scores(parts, baseline) for name, baseline in pb.baselines.MEAN_BASELINES.items()}
+    found = {name: able(parts, baseline) for name, baseline in pb.baselines.MEAN_BASELINES.items()}
     kept = {name: one for name, one in found.items() if one is not None}
     said = {name: {k: round(float(kept[name][k].mean()), 5) for k in ("coverage90", "crps")} for name in kept}
     return {k: round(float(v), 5) for k, v in ours.mean().items()} | {
@@ -97,21 +106,26 @@ def table(parts: list[pb.split.Split]) -> dict[str, object]:
     }
 
 
-def validation(parts: list[pb.split.Split]) -> dict[str, float]:
+def validation(part: pb.split.Split) -> dict[str, float]:
     """Return the error of single structures and of all on four folds of the perturbations whose last day training shows."""
-    inner = []
-    for part in parts:
-        shown = [p.perturbation for p in part.train.conditions if p.perturbations and p.time == LAST]
-        inner += list(pb.split.folds(partial(pb.split.hold_out_time, part.train, LAST), shown, 4, seed=0))
+    shown = [p.perturbation for p in part.train.conditions if p.perturbations and p.time == LAST]
     found: dict[str, list[float]] = {}
-    for part in inner:
-        whole = pb.gaussian_response(part.train, progress=False)
-        truth = pseudobulk(part.test)["mean"].values
+    for inner in pb.split.folds(partial(pb.split.hold_out_time, part.train, LAST), shown, 4, seed=0):
+        whole = pb.gaussian_response(inner.train, progress=False)
+        truth = pseudobulk(inner.test)["mean"].values
         alone = {name: pb.GaussianResponse(whole.rows, {name: prior}) for name, prior in whole.priors.items()}
         for name, one in (alone | {"all": whole}).items():
-            error = np.square(one.predict(part.test.conditions)["mean"].values - truth)
+            error = np.square(one.predict(inner.test.conditions)["mean"].values - truth)
             found.setdefault(name, []).extend(error.mean(1))
     return {name: round(float(np.mean(errors)), 5) for name, errors in found.items()}
+
+
+def chosen(parts: list[pb.split.Split], found: list[dict[str, float]]) -> dict[str, object]:
+    """Return what validation inside each fold's training part chooses, and its error over all folds."""
+    names = [min(one, key=one.get) for one in found]
+    of = [tuple(STRUCTURES) if name == "all" else (name,) for name in names]
+    errors = [scores(part, partial(gaussian, structures=s))["mse"] for part, s in zip(parts, of, strict=True)]
+    return {"structures": names, "mse": round(float(pd.concat(errors).mean()), 5)}
 
 
 def tied(prior: torch.nn.Module, name: str) -> None:
@@ -163,7 +177,7 @@ INGREDIENTS = (
 
 
 def ablation(parts: list[pb.split.Split]) -> Iterator[dict[str, object]]:
-    """Yield what the error becomes without each ingredient, paired over conditions, with 95 % intervals by drawing conditions."""
+    """Yield what the error becomes without each ingredient, paired over conditions."""
     whole = all_scores(parts, gaussian)["mse"]
     choices: dict[str, Predictor] = {f"without {name}": partial(without, name) for name in INGREDIENTS}
     choices |= {f"only {name}": partial(gaussian, structures=(name,)) for name in STRUCTURES}
@@ -173,15 +187,14 @@ def ablation(parts: list[pb.split.Split]) -> Iterator[dict[str, object]]:
 
 
 def paired(errors: pd.Series, whole: pd.Series) -> dict[str, object]:
-    """Return the mean of errors, of their difference from those of the whole model, and the interval of that."""
+    """Return the mean of errors, and of their difference from those of the whole model with its 95 % interval over conditions."""
     more = (errors - whole).to_numpy()
-    drawn = np.random.default_rng(0).choice(more, (10000, len(more))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = interval(more)
     worse = round(float((more > 0).mean()), 2)
     return {
         "mse": round(float(errors.mean()), 5),
         "more": round(float(more.mean()), 5),
-        "interval": [round(float(low), 5), round(float(high), 5)],
+        "interval": [round(low, 5), round(high, 5)],
         "worse": worse,
     }
 
@@ -196,6 +209,16 @@ def nodes(screen: pb.Screen, seeds: int = 2, steps: int = 600) -> dict[str, floa
         for row in study.chosen.itertuples():
             found.setdefault(f"{split} {row.loss}", []).extend([row.mse_mean] * len(hidden))
     return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
+
+
+def count_node(part: pb.split.Split) -> pd.DataFrame:
+    """Score the neural ODE on counts, its memory and epochs chosen by a third of the perturbations whose last day training shows."""
+    shown = [p.perturbation for p in part.train.conditions if p.perturbations and p.time == LAST]
+    inner = pb.split.hold_out_time(part.train, LAST, shown[::3])
+    makers = {"learnt": pb.node} | {f"memory {m:g}": partial(pb.node, memory=m) for m in (5.0, 20.0)}
+    choice = pb.select(makers, inner, epochs=20, every=3, learning_rate=1e-2, progress=False)
+    fit = choice.fit(part.train, progress=False)[0]
+    return pb.evaluate(fit, part, baselines=(), progress=False).conditions.loc["model", ["error", "coverage90", "crps"]]
 
 
 def renge(trials: int, train: pb.Screen, conditions: list[pb.Protocol]) -> xr.DataArray:
@@ -302,9 +325,11 @@ def main() -> None:
             print(json.dumps({name: study(options.others / f"{name}.h5ad")}), flush=True)
         return
     found = dict(zip(parts, Parallel(n_jobs=2)(delayed(table)(part) for part in parts.values()), strict=True))
-    found["validation"] = validation([*parts["S1"], *parts["S2"]])
+    found["validation"] = [validation(part) for part in (*parts["S1"], *parts["S2"])]
+    found["chosen"] = chosen(parts["S2"], found["validation"][1:])
     if options.nodes:
         found["nodes"] = nodes(screen)
+        found["node on counts"] = {k: round(float(v), 5) for k, v in pd.concat(map(count_node, parts["S2"])).mean().items()}
     if options.renge:
         found["renge"] = round(float(all_scores(parts["S2"], partial(renge, options.renge))["mse"].mean()), 5)
     print(json.dumps(found | {"seconds": round(time.perf_counter() - clock)}, indent=None if options.json else 1), flush=True)

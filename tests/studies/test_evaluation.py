@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from scipy.stats import bootstrap
+from scipy.sparse import csr_array
+from scipy.stats import ttest_1samp
 
 import perturbprob as pb
 from perturbprob.experiment.pseudobulk import pseudobulk
@@ -53,6 +54,11 @@ def found(fit: pb.Fit, part: Split) -> pb.Evaluation:
 def truth(split: Split) -> xr.DataArray:
     """Return the observed means as a prediction."""
     return pseudobulk(split.test)["mean"]
+
+
+def reversed_genes(screen: pb.Screen) -> pb.Screen:
+    """Return the screen with its genes in the other order."""
+    return replace(screen, genes=screen.genes[::-1], counts=csr_array(screen.counts.toarray()[:, ::-1]))
 
 
 def conditions(found: pb.Evaluation, name: str = "model") -> np.ndarray:
@@ -328,11 +334,33 @@ def test_other_things_than_predictions_are_refused(part: Split) -> None:
         pb.evaluate({1: truth(part)}, part)
 
 
-def test_the_interval_is_that_of_scipy() -> None:
-    values = np.random.default_rng(0).normal(1, 2, 25)
-    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=9999, random_state=0).confidence_interval
-    assert interval(values, 0) == pytest.approx((theirs.low, theirs.high), abs=0.05)
-    assert np.isnan(interval(values[:1], 0)).all()
+def test_the_interval_is_that_of_scipy_and_finds_nothing_where_there_is_nothing() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=25)
+    theirs = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert interval(values) == pytest.approx((theirs.low, theirs.high))
+    assert np.isnan(interval(values[:2])).all()
+    assert np.mean([interval(row)[1] < 0 for row in rng.normal(size=(2000, 5))]) == pytest.approx(0.025, abs=0.012)
+
+
+def test_models_of_other_genes_and_intervals_of_observed_means_are_refused(small: pb.Screen, part: Split) -> None:
+    turned = pb.gaussian_response(reversed_genes(part.train), ["free"], progress=False)
+    with pytest.raises(ValueError, match="'model' was fitted to other genes than are tested: their order differs"):
+        pb.evaluate(turned, part, baselines=())
+    observed = pb.gaussian_response(part.train, ["free"], progress=False).predict(part.test.conditions, n_cells=20)
+    with pytest.raises(ValueError, match="holds intervals of observed means"):
+        pb.evaluate(observed, part, baselines=())
+    with pytest.raises(ValueError, match="'noise floor' is the name of a row that evaluate adds"):
+        pb.evaluate({"noise floor": truth(part)}, part, baselines=())
+
+
+def test_training_screens_that_show_the_answer_are_refused(small: pb.Screen, part: Split) -> None:
+    other = replace(part.test, cells=np.array([f"{c} again" for c in part.test.cells], object))
+    with pytest.raises(ValueError, match="'train=' was trained on"):
+        pb.evaluate(truth(part), part.test, other, baselines=())
+    cells = hold_out_cells(small, 0.2)
+    with pytest.raises(ValueError, match="was trained on 2.* of the .* test cells"):
+        pb.evaluate(pb.gaussian_response(small, ["free"], progress=False), cells, baselines=())
 
 
 def test_tables_travel_as_json(found: pb.Evaluation) -> None:

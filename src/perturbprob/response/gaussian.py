@@ -57,13 +57,16 @@ def gaussian_response(screen: Screen, structures: Sequence[str] = tuple(STRUCTUR
     rows = Rows.of(screen)
     table = Table.of(rows)
     bar = tqdm(dict.fromkeys(structures), "gaussian_response", disable=not progress)
-    return GaussianResponse(rows, {name: fitted(table, prior_of(rows, name)) for name in bar})
+    return GaussianResponse(rows, {name: fitted(table, prior_of(rows, name)) for name in bar}, screen.values == "counts")
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class GaussianResponse:
-    """A fitted response model: ask it for means with `predict`. ``priors`` holds the fitted covariance of each structure by name.
+    """A fitted response model: ask it for means with `predict`.
+
+    ``priors`` holds the fitted covariance of each structure by name; ``counts`` says whether means are of log(1 + count), or of continuous
+    values as they were measured.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=300, n_genes=10, n_perturbations=2, seed=1).screen
@@ -73,6 +76,7 @@ class GaussianResponse:
 
     rows: Rows
     priors: dict[str, ResponsePrior]
+    counts: bool = True
 
     def __repr__(self) -> str:
         """Say in one line what was fitted."""
@@ -92,8 +96,8 @@ class GaussianResponse:
 
         ``sd`` and the central interval of probability ``level`` are of the population mean; with ``n_cells``, of the mean over so many
         cells. ``batch`` names a batch (or one for each condition) with cells in that media and time; None averages over all of them. A
-        perturbation never seen is expected to do what the others have in common, with a wide interval. Raises ValueError for media, times
-        and batches of which nothing was seen.
+        perturbation never seen is expected to do what the others have in common, in structures where they are alike, with a wide
+        interval. Raises ValueError for media, times and batches of which nothing was seen, and where control alone was.
 
         >>> import perturbprob as pb
         >>> screen = pb.simulate(n_cells=300, n_genes=10, n_perturbations=2, seed=1).screen
@@ -220,6 +224,8 @@ def _asked(rows: Rows, conditions: Sequence[Protocol | Action] | Protocol | Acti
         raise TypeError(f"A condition is a protocol such as Knockout('NANOG') >> Wait(5), without quotes around it; got {wrong[0]!r}.")
     protocols = [(one if isinstance(one, Protocol) else Protocol([one])).with_baseline(rows.screen.baseline) for one in several]
     check_instants(protocols)
+    if not rows.perturbations and any(p.perturbations for p in protocols):
+        raise ValueError("The model knows control only: no perturbed condition was trained on, so what a perturbation does is not known.")
     return protocols
 
 

@@ -35,10 +35,10 @@ STRUCTURES: dict[str, tuple[Component, ...]] = {
 class ResponsePrior(nn.Module):
     """The covariance of effects δ between rows, before the scale a of a gene.
 
-    Σ_c (D (diag τ_c + L Lᵀ) Dᵀ + ι [combination]) ∘ T_c ∘ M + ν [same condition]. D says which perturbations act on a row, so that effects
-    on several genes add up, but for ι. T_c over times, scaled to run from 0 to 1: 1 ("constant"), min(s, t) ("walk"), s t ("line"), [s = t]
-    ("each"), or any covariance ("free"); M over media is any. Of a perturbation without rows the loadings L are those of the mean, and how
-    far others are from that is added to its τ, which is the mean too.
+    Σ_c (D (diag τ_c + L Lᵀ) Dᵀ + ι [combination]) ∘ T_c ∘ M + ν [same condition]; L Lᵀ in a component that is alike, ι in the first.
+    D says which perturbations act on a row, so that effects on several genes add up, but for ι. T_c over times, scaled to run from 0 to 1:
+    1 ("constant"), min(s, t) ("walk"), s t ("line"), [s = t] ("each"), or any covariance ("free"); M over media is any. Of a
+    perturbation without rows the loadings L are those of the mean, and how far others are from that is added to its τ, the mean too.
     """
 
     times: Tensor
@@ -80,7 +80,7 @@ class ResponsePrior(nn.Module):
     def _similar(self, left: Float64[Tensor, "left some"], right: Float64[Tensor, "right others"], k: int) -> Float64[Tensor, "left right"]:
         """Return how alike effects are in one component, times over media apart."""
         left, right = alike_wide(left, right)
-        spread, loading = self.log_spread[k].exp(), self.loading.view_as(self.loading)
+        spread, loading = self.log_spread[k].exp(), self.loading.clone()
         if (more := left.shape[1] - len(loading)) and len(loading):
             mean, own = loading.mean(0), self.components[k].alike * (loading - loading.mean(0)).square().sum(1).mean()
             spread = torch.cat([spread, (spread.mean() + own).expand(more)])

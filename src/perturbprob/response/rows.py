@@ -45,11 +45,12 @@ class Rows:
     """The means of a screen, one for each condition in each batch, in units of the spread between cells.
 
     ``values`` (row, gene) are means over ``scale`` (gene,), the standard deviation between cells of one condition, so that a mean over n
-    cells has noise of variance 1 / n: ``noise`` (row,). ``perturbations``, ``media``, ``times`` and ``groups`` are the levels; a group is
-    what cells were in when nothing was done, media and time, in one batch.
+    cells has noise of variance 1 / n: ``noise`` (row,). ``cells`` names the cells behind the rows. ``perturbations``, ``media``,
+    ``times`` and ``groups`` are the levels; a group is what cells were in when nothing was done, media and time, in one batch.
     """
 
     screen: Screen
+    cells: np.ndarray
     perturbations: tuple[Perturbation, ...]
     media: tuple[str | None, ...]
     times: tuple[float, ...]
@@ -73,6 +74,7 @@ class Rows:
         noise, scale = _noise(bulk)
         return cls(
             bulk,
+            screen.cells,
             tuple(dict.fromkeys(p for protocol in done for p in protocol.perturbations)),
             tuple(dict.fromkeys(p.media for p in done)),
             tuple(sorted({p.time for p in done})),
@@ -129,21 +131,18 @@ def _noise(bulk: Screen) -> tuple[Float64[np.ndarray, " row"], Float64[np.ndarra
     Rows that do not say how many cells are behind them are given the number that their standard errors speak for; control that says neither
     counts as much as the row with the most cells.
     """
-    if bulk.cells_behind is None and bulk.standard_error is None:
+    if bulk.standard_error is None or not np.isfinite(bulk.standard_error).any():
         raise ValueError(
-            "This screen of continuous values does not say how well they are known. Read it with standard_error= (a layer) or "
-            "cells_behind= (a column), or give the counts."
+            "This screen of continuous values does not say how well they are known. Read it with standard_error= (a layer), or give counts."
         )
     cells = np.full(bulk.n_cells, np.nan) if bulk.cells_behind is None else bulk.cells_behind.astype(np.float64)
-    error = np.full(bulk.counts.shape, np.nan) if bulk.standard_error is None else bulk.standard_error.astype(np.float64)
+    error = bulk.standard_error.astype(np.float64)
     told = np.isfinite(error)
     weight = np.where(np.isfinite(cells), np.maximum(cells - 1, 0), np.nan) if np.isfinite(cells).any() else np.ones(len(cells))
     squares = error**2 * np.where(np.isfinite(cells), cells, 1.0)[:, None]
     use = told & (weight > 0)[:, None]
     total = np.where(use, weight[:, None], 0.0).sum(0)
     variance = np.divide(np.where(use, squares * weight[:, None], 0.0).sum(0), total, out=np.zeros(len(total)), where=total > 0)
-    if not (variance > 0).any():
-        variance = bulk.counts.toarray().astype(np.float64).var(0)
     scale = np.where(variance > 0, np.sqrt(np.maximum(variance, 0)), 1.0)
     spoken = np.array([_cells_of(row[ok & (variance > 0)], variance[ok & (variance > 0)]) for row, ok in zip(error, told, strict=True)])
     cells = np.where(np.isfinite(cells), cells, spoken)

@@ -76,7 +76,7 @@ class Means:
         near = [_near(p, weight, control) or none for p, weight in zip(test.conditions, weights, strict=True)]
         mean, variance, control_n = (np.array(part) for part in zip(*near, strict=True))
         within, further = _within(trained, nothing[0]), _others(test, trained, control, no_others)
-        return cls(test, cells, own.mean, own.unbiased_variance, mean, variance, control_n, within, further, control)
+        return cls(test, cells, own.mean, _variance(test, cells), mean, variance, control_n, within, further, control)
 
     @cached_property
     def n(self) -> Int64[np.ndarray, " condition"]:
@@ -209,9 +209,18 @@ def _near(condition: Protocol, weight: dict[str, int], control: Cells) -> _Near 
     return _Near(mean, whole.unbiased_variance[0], float(1 / (share**2 / n).sum()))
 
 
+def _variance(test: "Screen", cells: Int64[np.ndarray, "condition batch"]) -> Float[np.ndarray, "condition gene"]:
+    """Return the variance between cells of one condition in one batch, pooled over its batches; NaN where each has one cell in each."""
+    n, batches = cells.shape
+    parts = Moments.of(test.counts.astype(np.float64).log1p(), test.condition * batches + test.batch, n * batches)
+    freedom = (np.maximum(cells - 1, 0)).sum(1)[:, None]
+    squares = parts.squares.reshape(n, batches, -1)
+    return np.where(np.isnan(squares), 0, squares).sum(1) / np.where(freedom > 0, freedom, np.nan)
+
+
 def _within(trained: Cells, nothing: Float[np.ndarray, " gene"]) -> Float[np.ndarray, " gene"]:
-    """Return the variance between training cells of one condition, pooled over conditions; NaN where no condition has two cells."""
-    found = [Moments.of(rows) for rows in _by_condition(trained).values()]
+    """Return the variance between training cells of one condition in one batch, pooled; NaN where there are no two such cells."""
+    found = [Moments.of(rows) for rows in trained.values()]
     freedom = sum(int(part.n_cells[0]) - 1 for part in found)
     return np.sum([part.squares[0] for part in found], 0) / freedom if freedom else nothing
 

@@ -58,8 +58,10 @@ def fits_of(predictor: Predictor) -> list[Fit]:
 def predicted(name: str, predictor: Predictor, means: "Means", *, n_draws: int, seed: int, progress: bool = False) -> Prediction:
     """Return the predicted means of tested conditions, cells in their own batch, with draws of them."""
     if fits := fits_of(predictor):
+        _check_genes(name, fits[0].model.vocabulary.genes, means)
         return _from_fits(members(fits, n_draws), means, n_draws=n_draws, seed=seed, progress=progress)
     if isinstance(predictor, GaussianResponse):
+        _check_genes(name, predictor.rows.screen.genes, means)
         return _from_response(predictor, means, n_draws, seed)
     table = cast("xr.Dataset | xr.DataArray", predictor)
     return from_table(name, table, means.test.genes, means.test.conditions, n_draws=n_draws, seed=seed)
@@ -73,8 +75,8 @@ def _from_fits(fits: Sequence[Fit], means: "Means", *, n_draws: int, seed: int, 
     condition, batch, weight = _pairs(means)
     batches, protocols = [batch_of(fits[0], means.test.batches[b]) for b in batch], [means.test.conditions[c] for c in condition]
     scale, draws = "log1p" if fits[0].model.start is None else "value", []
-    for fit, n in zip(fits, ensemble_shares(len(fits), n_draws), strict=True):
-        found = drawn_means(fit, protocols, batches, scale, n_draws=n, seed=seed, progress=progress)
+    for k, (fit, n) in enumerate(zip(fits, ensemble_shares(len(fits), n_draws), strict=True)):
+        found = drawn_means(fit, protocols, batches, scale, n_draws=n, seed=seed + k, progress=progress)
         draws += [weight @ each.numpy().astype(np.float64) for each in found]
     return Prediction(np.mean(draws, 0), np.stack(draws))
 
@@ -86,6 +88,16 @@ def _from_response(response: GaussianResponse, means: "Means", n_draws: int, see
     found = response.predict(protocols, batch=batches)
     mean, sd = (weight @ found[name].values for name in ("mean", "sd"))
     return Prediction(mean, mean + sd * np.random.default_rng([seed, 2]).standard_normal((n_draws, *sd.shape)))
+
+
+def _check_genes(name: str, genes: Sequence[str], means: "Means") -> None:
+    """Refuse a model of other genes, or of the same in another order: its answers would be held against the wrong ones."""
+    if tuple(genes) != tuple(means.test.genes):
+        differ = len(set(genes) ^ set(means.test.genes))
+        what = f"{differ} genes are in one of the two only" if differ else "their order differs"
+        raise ValueError(
+            f"{name!r} was fitted to other genes than are tested: {what}. Cut train and test from one screen, as a split does."
+        )
 
 
 def _pairs(means: "Means") -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"], csr_array]:
@@ -132,9 +144,11 @@ def _columns(name: str, table: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray,
     for dim in ("condition", "gene"):
         if dim not in mean.coords:
             raise ValueError(f"{name!r} does not name its {dim}s, by which it is aligned: give it the coordinate {dim!r}.")
+    if table.attrs.get("interval", "mean") != "mean":
+        raise ValueError(
+            f"{name!r} holds intervals of observed means; evaluate adds the noise of sampling itself: predict without n_cells=."
+        )
     if isinstance(table, xr.Dataset) and {"lower", "upper"} <= set(table) and "sd" not in table:
-        if table.attrs.get("interval", "mean") != "mean":
-            raise ValueError(f"{name!r} holds intervals of observed means; evaluate adds the noise of sampling itself: interval='mean'.")
         width = 2 * scipy.stats.norm.ppf((1 + table.attrs.get("level", 0.9)) / 2)
         return mean, (table["upper"] - table["lower"]) / width
     known = "sd" in table if isinstance(table, xr.Dataset) else "sd" in table.coords

@@ -13,7 +13,7 @@ from perturbprob.experiment.screen import require_screen
 from perturbprob.experiment.settings import check_whole
 from perturbprob.inference.fit import Fit, fit
 from perturbprob.model.cell_model import CellModel
-from perturbprob.studies.held_out_means import Means
+from perturbprob.studies.held_out_means import FEW, Means
 from perturbprob.studies.metrics import mean_square_error
 from perturbprob.studies.predictors import predicted
 
@@ -85,7 +85,7 @@ def select(
     in the end, and to ask what will be asked there: times if it is times, perturbations if it is perturbations.
 
     ``candidates`` are functions of a screen that return a model, by name; ``training`` are arguments of `fit`, for all. No validation cells
-    are held out unless ``validation=`` is given.
+    are held out.
 
     Raises ValueError for screens of continuous values, whose means have no such error yet.
 
@@ -99,7 +99,8 @@ def select(
     Frozen({'condition': 1, 'gene': 8})
     """
     check_whole(1, epochs=epochs, every=every)
-    parts, training = _checked(candidates, splits), {"epochs": epochs, "validation": 0.0} | training
+    parts = _checked(candidates, splits, training)
+    training = {"epochs": epochs, "validation": 0.0} | training
     how = {"n_draws": n_draws, "seed": seed, "progress": False}
     errors = pd.DataFrame(
         {
@@ -120,19 +121,22 @@ def _epochs(epochs: int, every: int) -> list[int]:
 def _course(make: Make, part: Split, every: int, how: dict[str, Any], training: dict[str, Any]) -> list[float]:
     """Return the errors of one run on the way."""
     means, scored, errors = Means.of(part.test, [part.train]), set(_epochs(training["epochs"], every)), list[float]()
+    scored_rows = means.perturbed & (means.n >= FEW)
 
     def score(one: Fit) -> None:
         if len(one.losses["train"]) in scored:
-            errors.append(float(mean_square_error(predicted("", one, means, **how).mean, means.observed).mean()))
+            errors.append(float(mean_square_error(predicted("", one, means, **how).mean, means.observed)[scored_rows].mean()))
 
     fit(make(part.train), part.train, **training, each_epoch=score)
     return errors + [np.inf] * (len(scored) - len(errors))  # where patience ran out
 
 
-def _checked(candidates: Mapping[str, Make], splits: Split | Iterable[Split]) -> list[Split]:
+def _checked(candidates: Mapping[str, Make], splits: Split | Iterable[Split], training: dict[str, Any]) -> list[Split]:
     """Return the splits; refuse what is no split, no candidate, and values that have no error."""
     if not isinstance(candidates, Mapping):
         raise TypeError(f"select takes named candidates, as in {{'node': pb.node, 'vae': pb.vae}}; got {type(candidates).__name__}.")
+    if wrong := sorted({"each_epoch", "validation", "objective"} & set(training)):
+        raise ValueError(f"select decides {wrong[0]!r} itself, by held-out conditions: leave it out.")
     if not candidates:
         raise ValueError("No candidate to choose from: give at least one, as in {'node': pb.node}.")
     for name, make in candidates.items():

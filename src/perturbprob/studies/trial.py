@@ -36,9 +36,13 @@ class Trial:
         _check_screens(screen, trained)
         for name, fit in fits:
             refuse_trained_cells(name, fit, screen)
+        for name, one in predictors.items():
+            if isinstance(one, GaussianResponse):
+                _refuse_cells(name, set(map(str, one.rows.cells)), screen)
         if split is None or split.kind != "cells":
             for name, known in _trained_conditions(predictors):
                 _refuse_trained_conditions(name, known, screen, split)
+            _refuse_trained_conditions("train=", _batches_of(trained), screen, split)
         edited = np.array([bool(p.perturbations) for p in screen.conditions])
         means = Means.of(screen[edited[screen.condition]], [trained], beside=screen)
         _check_control(means)
@@ -52,10 +56,15 @@ def _trained_conditions(predictors: "Mapping[str, Predictor]") -> Iterator[tuple
         for fit in fits_of(one):
             yield name, {condition: list(batches) for condition, batches in fit.trained_on["conditions"].items()}
         if isinstance(one, GaussianResponse):
-            known: dict[str, list[str]] = {}
-            for condition, batch in pairs(one.rows.screen):
-                known.setdefault(str(condition), []).append(batch)
-            yield name, known
+            yield name, _batches_of(one.rows.screen)
+
+
+def _batches_of(screen: Screen) -> dict[str, list[str]]:
+    """Return the batches that each condition of a screen is in."""
+    known: dict[str, list[str]] = {}
+    for condition, batch in pairs(screen):
+        known.setdefault(str(condition), []).append(batch)
+    return known
 
 
 def _train_of(fits: list[Fit]) -> Screen:
@@ -82,7 +91,11 @@ def _check_screens(test: Screen, train: Screen) -> None:
 
 def refuse_trained_cells(name: str, fit: Fit, test: Screen) -> None:
     """Refuse a fit that was trained on a test cell, or adapted to its batch by it."""
-    known = set(fit.trained_on["cells"]).union(*fit.trained_on.get("adapted", {}).values())
+    _refuse_cells(name, set(fit.trained_on["cells"]).union(*fit.trained_on.get("adapted", {}).values()), test)
+
+
+def _refuse_cells(name: str, known: set[str], test: Screen) -> None:
+    """Refuse test cells that are among those trained on."""
     if seen := set(map(str, test.cells)) & known:
         raise ValueError(
             f"{name!r} was trained on {len(seen):,} of the {test.n_cells:,} test cells, such as {min(seen)!r}: give cells that no "
