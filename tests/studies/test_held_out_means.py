@@ -28,10 +28,26 @@ def log_counts(screen: pb.Screen, condition: pb.Protocol) -> np.ndarray:
     return np.log1p(screen.counts[screen.cells_of(condition)].toarray().astype(float))
 
 
+def pooled(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the variance between the rows of each part, pooled."""
+    return sum(((x - x.mean(0)) ** 2).sum(0) for x in parts) / sum(len(x) - 1 for x in parts)
+
+
+def by_batch(screen: pb.Screen, condition: pb.Protocol) -> list[np.ndarray]:
+    """Return log counts of a condition, batch by batch: batches differ, and that is no noise of sampling."""
+    cells = screen.cells_of(condition)
+    batches = [cells[screen.batch[cells] == b] for b in range(len(screen.batches))]
+    return [np.log1p(screen.counts[rows].toarray().astype(float)) for rows in batches if len(rows)]
+
+
 def test_the_variance_within_conditions_is_that_of_training_cells(part: Split, means: Means) -> None:
-    parts = [log_counts(part.train, p) for p in part.train.conditions]
-    squares = sum(((x - x.mean(0)) ** 2).sum(0) for x in parts)
-    assert means.within == pytest.approx(squares / sum(len(x) - 1 for x in parts))
+    parts = [x for p in part.train.conditions for x in by_batch(part.train, p)]
+    assert means.within == pytest.approx(pooled(parts))
+
+
+def test_the_noise_of_a_mean_is_what_cells_of_one_batch_differ_by(part: Split, means: Means) -> None:
+    for k, p in enumerate(part.test.conditions):
+        assert means.noise[k] == pytest.approx(pooled(by_batch(part.test, p)) / len(log_counts(part.test, p)))
 
 
 @pytest.mark.parametrize("part", [1], indirect=True)

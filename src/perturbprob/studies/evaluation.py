@@ -44,7 +44,7 @@ class Evaluation:
       mean error over the mean floor.
     - ``paired``: of the ``model``, the first predictor, against each other prediction of means: ``difference`` in error (model − other,
       below 0 where the model is better), mean over conditions, with the central 95 % ``lower`` and ``upper`` by Student's t over
-      conditions (NaN of fewer than three); ``share_better``, the share of conditions where the model is better; ``beats``, whether upper < 0.
+      conditions (NaN of fewer than three); ``share_better``, the share of conditions where the model is better; ``beats``, upper < 0.
     - ``left_out``: why a baseline, or a score of a predictor, is not there.
     """
 
