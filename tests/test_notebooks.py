@@ -15,6 +15,7 @@ SMALL = {
     "02_steady_states.ipynb": {"seeds": 2, "steps": 20, "n_splits": 200},
     "03_batch_decomposition.ipynb": {"n_cells": 600, "epochs": 3, "n_draws": 8},
     "04_structures_side_by_side.ipynb": {"epochs": 1, "stride": 15, "n_cells": 200, "simulated_epochs": 1, "n_draws": 2},
+    "05_do_predictions_beat_baselines.ipynb": {"epochs": 1, "n_structures": 1, "n_draws": 20},
 }
 # the warnings that a cell shows on purpose
 SAID = {
@@ -22,6 +23,7 @@ SAID = {
     "02_steady_states.ipynb": {},
     "03_batch_decomposition.ipynb": {},
     "04_structures_side_by_side.ipynb": {},
+    "05_do_predictions_beat_baselines.ipynb": {},
 }
 NOTEBOOKS = sorted(path.name for path in (Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # what dependencies say when they are first imported: tqdm where ipywidgets is not installed, arviz 0.23 once a day
