@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from scipy.sparse import csr_array
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, wilcoxon
 
 import perturbprob as pb
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.split import Split, hold_out_batches, hold_out_cells, hold_out_perturbations, hold_out_time
 from perturbprob.studies.baselines import MEAN_BASELINES
-from perturbprob.studies.evaluation import interval
+from perturbprob.studies.evaluation import chance, interval
 from perturbprob.studies.mean_baselines import noise_floor
 
 pytestmark = pytest.mark.slow
@@ -340,6 +340,9 @@ def test_the_interval_is_that_of_scipy_and_finds_nothing_where_there_is_nothing(
     theirs = ttest_1samp(values, 0).confidence_interval(0.95)
     assert interval(values) == pytest.approx((theirs.low, theirs.high))
     assert np.isnan(interval(values[:2])).all()
+    assert chance(values) == pytest.approx(wilcoxon(values).pvalue)
+    assert chance(np.zeros(5)) == 1
+    assert np.mean([chance(row) < 0.05 for row in rng.standard_t(2, size=(1000, 12))]) < 0.06
     assert np.mean([interval(row)[1] < 0 for row in rng.normal(size=(2000, 5))]) == pytest.approx(0.025, abs=0.012)
 
 

@@ -44,7 +44,8 @@ class Evaluation:
       mean error over the mean floor.
     - ``paired``: of the ``model``, the first predictor, against each other prediction of means: ``difference`` in error (model − other,
       below 0 where the model is better), mean over conditions, with the central 95 % ``lower`` and ``upper`` by Student's t over
-      conditions (NaN of fewer than three); ``share_better``, the share of conditions where the model is better; ``beats``, upper < 0.
+      conditions (NaN of fewer than three); ``share_better``, the share of conditions where the model is better; ``p`` of Wilcoxon's
+      signed-rank test; ``beats``, p < 0.05 and better on average and in most conditions. Below six conditions nothing can be beaten.
     - ``left_out``: why a baseline, or a score of a predictor, is not there.
     """
 
@@ -247,10 +248,23 @@ def _paired(conditions: pd.DataFrame, model: str, others: list[str]) -> pd.DataF
         difference = (enough[model] - enough[name]).to_numpy(float)
         lower, upper = interval(difference)
         share = float(((difference < 0) + 0.5 * (difference == 0)).mean()) if len(difference) else np.nan
-        rows.append([overall_mean(difference), lower, upper, share, bool(upper < 0)])
-    columns = ["difference", "lower", "upper", "share_better", "beats"]
+        p = chance(difference)
+        rows.append([overall_mean(difference), lower, upper, share, p, bool(p < 0.05 and difference.mean() < 0 and share > 0.5)])
+    columns = ["difference", "lower", "upper", "share_better", "p", "beats"]
     found = pd.DataFrame(rows, index=pd.Index(others, name="predictor", dtype=object), columns=columns)
     return found.astype(dict.fromkeys(columns[:-1], float) | {"beats": bool})
+
+
+def chance(values: Float[np.ndarray, " condition"]) -> float:
+    """Return Wilcoxon's signed-rank p, two-sided, of differences that are symmetric about 0; 1 where all are 0, or none is given.
+
+    A few hard conditions carry most of an error, so that its mean differs by much more in some than in others: ranks do not mind.
+
+    >>> chance(np.array([-1.0, -2.0, -3.0, -4.0, -5.0]))
+    0.0625
+    """
+    told = values[values != 0]
+    return float(stats.wilcoxon(told).pvalue) if len(told) else 1.0
 
 
 def interval(values: Float[np.ndarray, " condition"]) -> tuple[float, float]:

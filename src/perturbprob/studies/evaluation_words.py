@@ -63,16 +63,16 @@ def _sorted(found: "Evaluation", *, beats: bool) -> list[str]:
 def _beaten(found: "Evaluation", who: str) -> Iterator[str]:
     """Say what the model beats."""
     if names := _sorted(found, beats=True):
-        rule = "the 95 % bootstrap interval over conditions of the difference in error is below 0"
+        rule = "better on average and in most conditions, Wilcoxon's signed-rank p < 0.05"
         yield f"{who} beats {len(names)} of {len(found.paired)}: {_called(names)} ({rule})."
 
 
 def _unbeaten(found: "Evaluation", who: str) -> Iterator[str]:
     """Say plainly what the model does not beat, each by how much."""
     for name in _sorted(found, beats=False):
-        difference, lower, upper, share = found.paired.loc[name, ["difference", "lower", "upper", "share_better"]]
+        difference, lower, upper, share, p = found.paired.loc[name, ["difference", "lower", "upper", "share_better", "p"]]
         told = "too few conditions to tell" if np.isnan(lower) else f"95 % interval {lower:+.4f} to {upper:+.4f}"
-        how = f"difference in error {difference:+.4f}, {told}; better in {100 * share:.0f} % of conditions"
+        how = f"difference in error {difference:+.4f}, {told}; better in {100 * share:.0f} % of conditions, p {p:.2g}"
         yield f"{who} does not beat {_called([name])}.\n  ({how})"
 
 
