@@ -95,6 +95,8 @@ def test_evaluate_scores_a_fit_beside_the_baselines(tmp_path: Path) -> None:
     assert facts["overall"]["model"]["error"] > 0
     assert "was trained on" in refused("evaluate", node, rest, "--train", test)
     assert "give --train" in refused("evaluate", other, test)
+    (other / "screen.json").unlink()  # as where the fit was saved from Python
+    assert "name the column with --batch" in refused("evaluate", other, test, "--train", rest)
     assert "none is left to test on" in refused("evaluate", node, train)
 
 

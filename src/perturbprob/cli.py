@@ -211,6 +211,7 @@ def evaluate(
     """
     fitted, named = inference.load(folder), _remembered(folder) | columns
     trained, tested = _parts(fitted, _read(screen, named)) if train is None else (_read(train, named), _read(screen, named))
+    _check_levels(fitted, trained)
     found = studies.evaluate(fitted, tested, trained, n_draws=draws, seed=seed, progress=sys.stderr.isatty())
     files = [] if out is None else _write(found.conditions.reset_index(), out)
     if as_json:
@@ -218,6 +219,17 @@ def evaluate(
     else:
         scores = found.overall[["error", "error_over_floor", "direction_control", "discrimination", "coverage90", "crps"]]
         _say("\n".join([scores.to_string(float_format="{:.4g}".format), "", found.report(), *(f"Wrote {name}." for name in files)]))
+
+
+def _check_levels(fitted: Fit, screen: Screen) -> None:
+    """Refuse a file read without the columns that the fit was made with."""
+    for what, known, read in (
+        ("batch", set(fitted.model.vocabulary.batches), set(screen.batches)),
+        ("time", {Protocol.parse(text).time for text in fitted.trained_on["conditions"]}, set(screen.times)),
+    ):
+        if not known & read:
+            words = [", ".join(sorted(map(str, one)))[:80] for one in (known, read)]
+            raise ValueError(f"The fit knows the {what} {words[0]}, the file shows {words[1]}: name the column with --{what}.")
 
 
 @_command

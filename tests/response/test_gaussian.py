@@ -169,13 +169,16 @@ def test_a_batch_moves_all_conditions_alike(small: pb.Screen, response: pb.Gauss
     first, second = (response.predict(asked, batch=b)["mean"].values for b in small.batches)
     np.testing.assert_allclose((second - first)[0], (second - first)[1])
     np.testing.assert_allclose(response.predict(asked)["mean"].values, (first + second) / 2)
+    half = response.predict(asked, batch=[None, small.batches[0]])["mean"].values
+    np.testing.assert_allclose(half, [(first + second)[0] / 2, first[1]])
     each = response.predict(asked, batch=list(small.batches))["mean"].values
     np.testing.assert_allclose(each, [first[0], second[1]])
 
 
 def test_a_perturbation_never_seen_is_less_sure(small: pb.Screen, response: pb.GaussianResponse) -> None:
     seen, never = pb.Knockout(small.perturbations[0]) >> pb.Wait(2), pb.Knockout("NANOG") >> pb.Wait(2)
-    answer = response.predict([seen, never])
+    with pytest.warns(UserWarning, match=r"Never trained on.*Knockout\('NANOG'\)"):
+        answer = response.predict([seen, never])
     assert np.isfinite(answer["mean"]).all()
     assert (answer["sd"].values[1] > answer["sd"].values[0]).all()
 

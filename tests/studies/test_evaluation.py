@@ -239,7 +239,9 @@ def test_baselines_that_cannot_predict_are_left_out_with_their_reason(small: pb.
     found = pb.evaluate(truth(split), split)
     assert {"last time", "shrunk offset"} <= set(found.left_out)
     assert "perturbation mean" in found.overall.index
-    assert f"Left out, last time: {found.left_out['last time']}" in found.report()
+    lines = [line for line in found.report().splitlines() if line.startswith("Left out, ") and line.endswith(found.left_out["last time"])]
+    assert len(lines) == 1
+    assert "last time" in lines[0]
 
 
 def test_one_training_perturbation_is_enough_for_the_mean_but_not_to_discriminate(small: pb.Screen) -> None:
@@ -396,3 +398,56 @@ def test_a_response_model_that_saw_the_answer_is_refused(small: pb.Screen, part:
     again = replace(small, cells=np.array([f"{c} again" for c in small.cells], object))
     with pytest.raises(ValueError, match="'model' was trained on 6 tested pairs of condition and batch"):
         pb.evaluate(pb.gaussian_response(again, ["free"], progress=False), part, baselines=())
+
+
+def test_models_of_means_are_refused_where_cells_are_held_out(small: pb.Screen) -> None:
+    cells = hold_out_cells(small, 0.2)
+    response = pb.gaussian_response(small.pseudobulk(), ["free"], progress=False)
+    with pytest.raises(ValueError, match="does not remember the cells behind them"):
+        pb.evaluate(response, cells, baselines=())
+
+
+def test_a_batch_that_a_response_model_never_saw_is_the_average_of_others(small: pb.Screen) -> None:
+    split = hold_out_batches(small, small.batches[1], keep_control=False)
+    response = pb.gaussian_response(split.train, ["free"], progress=False)
+    found = pb.evaluate(response, split, baselines=(), n_draws=20)
+    mean = response.predict([p for p in split.test.conditions if p.perturbations])["mean"]
+    assert found.overall.loc["model", "error"] == pytest.approx(float(((mean - truth(split)) ** 2).mean()))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0])
+def test_an_sd_that_is_no_sd_is_refused(wrong: float, part: Split) -> None:
+    mean = truth(part)
+    with pytest.raises(ValueError, match="has an sd below 0, NaN or infinite"):
+        pb.evaluate(xr.Dataset({"mean": mean, "sd": mean * 0 + wrong}), part, baselines=())
+
+
+def test_one_sd_for_all_means_is_understood(part: Split) -> None:
+    mean = truth(part)
+    one, each = (pb.evaluate(xr.Dataset({"mean": mean, "sd": sd}), part, baselines=()) for sd in (0.5, mean * 0 + 0.5))
+    assert one.overall.equals(each.overall)
+
+
+def test_values_that_are_no_means_of_log_counts_are_refused(part: Split) -> None:
+    with pytest.raises(ValueError, match=r"predicts a mean of 1e\+03, which as log"):
+        pb.evaluate(truth(part) * 0 + 1000.0, part, baselines=())
+    with pytest.raises(TypeError, match="holds values of type bool"):
+        pb.evaluate(truth(part) > 1, part, baselines=())
+    with pytest.raises(ValueError, match="The training screen holds continuous values"):
+        pb.evaluate(truth(part), part.test, part.train.pseudobulk(), baselines=())
+
+
+def test_the_report_says_a_reason_once_and_what_more_draws_would_tell(fit: pb.Fit, part: Split) -> None:
+    def lacking(train: pb.Screen, asked: object) -> xr.DataArray:
+        raise ValueError("no history")
+
+    words = pb.evaluate(fit, part, baselines={"a": lacking, "b": lacking}, n_draws=5, particles=2, at_most=20, progress=False).report()
+    assert "Left out, a, b: no history" in words
+    assert "raise n_draws" in words
+    assert "nan" not in words
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_baseline_is_a_function(part: Split) -> None:
+    with pytest.raises(TypeError, match="The baseline 'x' must be a function"):
+        pb.evaluate(truth(part), part, baselines={"x": None})

@@ -1,5 +1,6 @@
 """A Gaussian model of the means of a screen: effects that persist, change and resemble each other, and noise that is known."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -49,11 +50,11 @@ def gaussian_response(screen: Screen, structures: Sequence[str] = tuple(STRUCTUR
     >>> response.predict(test.conditions).sizes
     Frozen({'condition': 2, 'gene': 103})
     """
-    if isinstance(structures, str) or not structures:
+    if isinstance(structures, str) or not isinstance(structures, Sequence) or not structures:
         raise ValueError(f"structures= is a list of names of STRUCTURES, one at least; got {structures!r}.")
     for name in structures:
-        if name not in STRUCTURES:
-            raise ValueError(f"Unknown structure {name!r}. {nearest(name, STRUCTURES)}")
+        if not isinstance(name, str) or name not in STRUCTURES:
+            raise ValueError(f"Unknown structure {name!r}. {nearest(str(name), STRUCTURES)}")
     rows = Rows.of(screen)
     table = Table.of(rows)
     bar = tqdm(dict.fromkeys(structures), "gaussian_response", disable=not progress)
@@ -88,7 +89,7 @@ class GaussianResponse:
         self,
         conditions: Sequence[Protocol | Action] | Protocol | Action,
         *,
-        batch: str | Sequence[str] | None = None,
+        batch: str | Sequence[str | None] | None = None,
         n_cells: int | None = None,
         level: float = 0.9,
     ) -> xr.Dataset:
@@ -226,18 +227,23 @@ def _asked(rows: Rows, conditions: Sequence[Protocol | Action] | Protocol | Acti
     check_instants(protocols)
     if not rows.perturbations and any(p.perturbations for p in protocols):
         raise ValueError("The model knows control only: no perturbed condition was trained on, so what a perturbation does is not known.")
+    if never := dict.fromkeys(p for protocol in protocols for p in protocol.perturbations if p not in rows.perturbations):
+        hint = nearest(repr(next(iter(never))), map(repr, rows.perturbations))
+        warnings.warn(f"Never trained on, and taken to be like the others: {', '.join(map(repr, never))}. {hint}", stacklevel=3)
     return protocols
 
 
-def _batches(rows: Rows, protocols: list[Protocol], batch: str | Sequence[str] | None) -> list[list[str]]:
+def _batches(rows: Rows, protocols: list[Protocol], batch: str | Sequence[str | None] | None) -> list[list[str]]:
     """Return the batches that each prediction is an average over."""
     seen = [rows.batches_of(protocol) for protocol in protocols]
     if batch is None:
         return seen
-    named = [batch] * len(protocols) if isinstance(batch, str) else list(batch)
+    if not isinstance(batch, Sequence):
+        raise TypeError(f"batch= takes the name of a batch, one (or None) per condition, or None; got {batch!r}.")
+    named: list[str | None] = [batch] * len(protocols) if isinstance(batch, str) else list(batch)
     if len(named) != len(protocols):
         raise ValueError(f"batch= names {len(named)} batches for {len(protocols)} conditions: give one name, or one per condition.")
     for name, own, protocol in zip(named, seen, protocols, strict=True):
-        if name not in own:
+        if name is not None and name not in own:
             raise ValueError(f"Batch {name!r} has no training cell in the media and at the time of {protocol}. {nearest(name, own)}")
-    return [[name] for name in named]
+    return [own if name is None else [name] for name, own in zip(named, seen, strict=True)]

@@ -172,6 +172,8 @@ def _baselines(given: "Baselines | Sequence[Any] | None", rows: dict[str, Scores
     baselines: Baselines = MEAN_BASELINES if given is None else given if isinstance(given, Mapping) else {}
     if given is not None and not isinstance(given, Mapping) and len(given):
         raise TypeError("baselines= takes functions by name, as in {'mean': pb.baselines.perturbation_mean}, or () for none.")
+    if wrong := [name for name, one in baselines.items() if not callable(one)]:
+        raise TypeError(f"The baseline {wrong[0]!r} must be a function of a training screen and conditions.")
     if taken := [name for name in baselines if name in rows]:
         raise ValueError(f"A predictor and a baseline are both called {taken[0]!r}: rename the predictor.")
     return baselines

@@ -40,7 +40,8 @@ def _lines(found: "Evaluation") -> Iterator[str]:
     yield from _how_sure(found)
     if few:
         yield f"Fewer than 10 cells, scored apart and in no number above: {', '.join(few)}."
-    yield from (f"Left out, {name}: {why}" for name, why in found.left_out.items())
+    for why in dict.fromkeys(found.left_out.values()):
+        yield f"Left out, {', '.join(name for name, one in found.left_out.items() if one == why)}: {why}"
 
 
 def _subject(found: "Evaluation") -> str:
@@ -82,5 +83,7 @@ def _how_sure(found: "Evaluation") -> Iterator[str]:
     if np.isnan(row["crps"]):
         yield "No training condition has two cells, so that intervals of observed means cannot be told."
         return
-    levels = ", ".join(f"{100 * row[f'coverage{level}']:.0f} % by those of {level} %" for level in (50, 80, 90))
-    yield f"Observed means covered: {levels}; CRPS {row['crps']:.4f}."
+    told = [level for level in (50, 80, 90) if not np.isnan(row[f"coverage{level}"])]
+    levels = ", ".join(f"{100 * row[f'coverage{level}']:.0f} % by those of {level} %" for level in told)
+    more = "" if len(told) == 3 else " Wider intervals need more draws: raise n_draws."
+    yield f"Observed means covered: {levels or 'not told'}; CRPS {row['crps']:.4f}.{more}"

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Predictor = Fit | Sequence[Fit] | GaussianResponse | xr.Dataset | xr.DataArray
 
 
+HIGHEST = 12.0
+"""The highest mean of log(1 + count) that is believed: 160,000 counts of one gene in a cell."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """A predicted mean of log(1 + count) and draws of it, which tell how sure it is."""
@@ -84,7 +88,9 @@ def _from_fits(fits: Sequence[Fit], means: "Means", *, n_draws: int, seed: int, 
 def _from_response(response: GaussianResponse, means: "Means", n_draws: int, seed: int) -> Prediction:
     """Predict each condition in each of its batches; what is not known of a condition is taken to be the same in all of them."""
     condition, batch, weight = _pairs(means)
-    protocols, batches = [means.test.conditions[c] for c in condition], [means.test.batches[b] for b in batch]
+    protocols, names = [means.test.conditions[c] for c in condition], [means.test.batches[b] for b in batch]
+    known = set(response.rows.groups)
+    batches = [b if (p.unperturbed(), b) in known else None for p, b in zip(protocols, names, strict=True)]
     found = response.predict(protocols, batch=batches)
     mean, sd = (weight @ found[name].values for name in ("mean", "sd"))
     return Prediction(mean, mean + sd * np.random.default_rng([seed, 2]).standard_normal((n_draws, *sd.shape)))
@@ -124,9 +130,17 @@ def from_table(
     if not np.isfinite(parts[0]).all():
         lacking = [wanted["condition"][k] for k in np.flatnonzero(~np.isfinite(parts[0]).all(1))]
         raise ValueError(f"{name!r} predicts NaN or infinity in {some(lacking, 'condition')}: every gene needs a number.")
-    spread = np.nan_to_num(parts[1], nan=0.0)
-    if (spread < 0).any():
-        raise ValueError(f"{name!r} has an sd below 0: give the standard deviation of each predicted mean.")
+    if (parts[0] > HIGHEST).any():
+        raise ValueError(
+            f"{name!r} predicts a mean of {parts[0].max():.3g}, which as log(1 + count) is more than {np.expm1(HIGHEST):.0e} counts: give "
+            "means of log(1 + count)."
+        )
+    untold = np.isnan(parts[1]).all() and isinstance(table, xr.Dataset) and "sd" not in table  # predict of a fit that has no posterior
+    spread = np.zeros_like(parts[1]) if untold else parts[1]
+    if not ((spread >= 0) & np.isfinite(spread)).all():
+        raise ValueError(
+            f"{name!r} has an sd below 0, NaN or infinite: give the standard deviation of each predicted mean, or none at all."
+        )
     draws = parts[0] + spread * np.random.default_rng([seed, 2]).standard_normal((n_draws, *spread.shape))
     return Prediction(parts[0], draws)
 
@@ -136,6 +150,8 @@ def _columns(name: str, table: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray,
     if isinstance(table, xr.Dataset) and "mean" not in table:
         raise ValueError(f"{name!r} has no variable 'mean'. {nearest('mean', map(str, table.data_vars))}")
     mean = table["mean"] if isinstance(table, xr.Dataset) else table
+    if mean.dtype.kind not in "fiu":
+        raise TypeError(f"{name!r} holds values of type {mean.dtype}; means of log(1 + count) are numbers.")
     scale = table.attrs.get("scale", mean.attrs.get("scale", "log1p"))
     if scale != "log1p":
         raise ValueError(f"{name!r} predicts on the scale {scale!r}; means of log(1 + count) are scored: predict(fit, ..., scale='log1p').")
@@ -152,7 +168,7 @@ def _columns(name: str, table: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray,
         width = 2 * scipy.stats.norm.ppf((1 + table.attrs.get("level", 0.9)) / 2)
         return mean, (table["upper"] - table["lower"]) / width
     known = "sd" in table if isinstance(table, xr.Dataset) else "sd" in table.coords
-    return mean, table["sd"] if known else xr.zeros_like(mean)
+    return mean, xr.broadcast(table["sd"].reset_coords(drop=True), mean)[0] if known else xr.zeros_like(mean)
 
 
 def _aligned(name: str, part: xr.DataArray, wanted: dict[str, list[str]]) -> Float[np.ndarray, "condition gene"]:

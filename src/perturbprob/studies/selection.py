@@ -127,7 +127,10 @@ def _course(make: Make, part: Split, every: int, how: dict[str, Any], training: 
         if len(one.losses["train"]) in scored:
             errors.append(float(mean_square_error(predicted("", one, means, **how).mean, means.observed)[scored_rows].mean()))
 
-    fit(make(part.train), part.train, **training, each_epoch=score)
+    model = make(part.train)
+    if not isinstance(model, CellModel):
+        raise TypeError(f"A candidate must return a model, as pb.node does; got {type(model).__name__}.")
+    fit(model, part.train, **training, each_epoch=score)
     return errors + [np.inf] * (len(scored) - len(errors))  # where patience ran out
 
 

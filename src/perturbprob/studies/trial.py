@@ -39,7 +39,9 @@ class Trial:
         for name, one in predictors.items():
             if isinstance(one, GaussianResponse):
                 _refuse_cells(name, set(map(str, one.rows.cells)), screen)
-        if split is None or split.kind != "cells":
+        if split is not None and split.kind == "cells":
+            _refuse_means(predictors)
+        else:
             for name, known in _trained_conditions(predictors):
                 _refuse_trained_conditions(name, known, screen, split)
             _refuse_trained_conditions("train=", _batches_of(trained), screen, split)
@@ -48,6 +50,16 @@ class Trial:
         _check_control(means)
         _check_enough(means)
         return cls(means, trained)
+
+
+def _refuse_means(predictors: "Mapping[str, Predictor]") -> None:
+    """Refuse a model of means where cells are held out: it does not remember whose means they are."""
+    for name, one in predictors.items():
+        if any(fit.model.start is not None for fit in fits_of(one)) or (isinstance(one, GaussianResponse) and not one.counts):
+            raise ValueError(
+                f"{name!r} was fitted to means, and does not remember the cells behind them, so whether it saw these cannot be told. "
+                "Hold out conditions, or fit gaussian_response to the counts of split.train."
+            )
 
 
 def _trained_conditions(predictors: "Mapping[str, Predictor]") -> Iterator[tuple[str, dict[str, list[str]]]]:
@@ -80,6 +92,8 @@ def _check_screens(test: Screen, train: Screen) -> None:
     """Refuse a test screen without a perturbed cell of counts, other genes, and cells that are in both."""
     if test.values != "counts":
         raise ValueError("The test screen holds continuous values; evaluate takes cells with counts, and makes their means itself.")
+    if train.values != "counts":
+        raise ValueError("The training screen holds continuous values; control cells and baselines need its counts: pass train= with them.")
     if not any(p.perturbations for p in test.conditions):
         raise ValueError("The test screen has no perturbed condition: control is what perturbations are compared with, and is not scored.")
     if test.genes != train.genes:
