@@ -174,7 +174,7 @@ def test_the_score_sheet_is_filled_as_far_as_it_applies(screen: pb.Screen) -> No
         "node": pb.fit(pb.node(train, 2, assumptions=[pb.UneditedStable()]), train, epochs=1, progress=False),
     }
     with pytest.warns(UserWarning, match="'rest' has no likelihood, being fitted by objective='kds'"):
-        table = pb.compare(fits, test, particles=3, n_draws=2, progress=False)
+        table = pb.compare(fits, test, particles=3, n_draws=20, progress=False)
     assert table.index.tolist() == ["node", "rest"]
     without = ["log_density", "difference", "standard_error", "conditions_better"]
     assert table.loc["rest", without].isna().all()

@@ -86,7 +86,7 @@ def test_it_stays_unsure_where_hit_cells_look_like_others(simulation: Simulation
     hit = pb.hit_probability(fit, screen, n_draws=5, progress=False)
     assert float(hit.std("cell").max()) < 0.15
     false = pb.false_hits(fit, screen, n_draws=5, progress=False)
-    np.testing.assert_allclose(false["edited"], hit.mean("cell"))
+    np.testing.assert_allclose(false["edited"], hit.mean("cell"), rtol=1e-6)  # means of single-precision numbers
     np.testing.assert_allclose(false["control"], false["edited"], atol=0.05)  # as many as of cells that nothing was done to
 
 
