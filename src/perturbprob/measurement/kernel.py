@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, no_type_check
 import numba
 import numpy as np
 
+CHUNK = 512
+"""So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
 BLOCK = 64
 """After so many cells sums in single precision are added to those in double."""
 LARGEST = 2.0**31
@@ -110,8 +112,8 @@ def _largest(row: np.ndarray) -> float:
 def _total(row: np.ndarray) -> float:
     """Return the sum of a row, in any order."""
     total = _ZERO
-    for value in row:
-        total += value
+    for g in range(len(row)):  # not over values, which would be added one by one
+        total += row[g]
     return total
 
 
@@ -166,47 +168,13 @@ def tables(inverse: np.ndarray, value: np.ndarray, slope: np.ndarray) -> None:
 
 @compiled
 @no_type_check
-def _present(row: np.ndarray, gene: np.ndarray) -> int:
-    """Write the genes with a count into ``gene``; return how many."""
+def _present(row: np.ndarray, gene: np.ndarray, count: np.ndarray) -> int:
+    """Write the genes with a count into ``gene``, and their counts; return how many."""
     n = 0
     for g in range(len(row)):
-        gene[n] = g
+        gene[n], count[n] = g, row[g]
         n += not row[g] == 0  # NaN is not 0
     return n
-
-
-@compiled
-@no_type_check
-def _negative_binomial(
-    rate: np.ndarray, theta: np.ndarray, inverse: np.ndarray, log1p: np.ndarray, log_zero: np.ndarray, closed: np.ndarray, slope: np.ndarray
-) -> None:
-    """At x = 0 with r = μ/θ: log(1 + r), log p = −θ log(1 + r), 1/(1 + r), and d log p / dθ = r/(1 + r) − log(1 + r)."""
-    for g in range(len(rate)):
-        r = rate[g] * inverse[g]
-        r = _LARGE if r > _LARGE else r
-        c = _ONE / (_ONE + r)
-        log, beyond, near = _log(_ONE + r, r)
-        log1p[g] = log
-        closed[g] = c
-        # near 1 the difference of two nearly equal numbers is r² (1/(1 + r) − ½) + the terms of the logarithm beyond the second
-        slope[g] = -(r * r * (c - _HALF) + beyond) if near > _ZERO else r * c - log
-    for g in range(len(rate)):
-        log_zero[g] = -theta[g] * log1p[g]
-
-
-@compiled
-@no_type_check
-def _gated(log_zero: np.ndarray, gate: np.ndarray, share: np.ndarray, value: np.ndarray, slope: np.ndarray) -> None:
-    """At x = 0, with a = log p of the open law: log(π + (1 − π) e^a), the share (1 − π) e^a of it, and its derivative by π."""
-    for g in range(len(gate)):
-        exp, exp_less_one = _expm1(log_zero[g])
-        is_open = _ONE - gate[g]
-        own = is_open * exp
-        total = gate[g] + own
-        inverse = _ONE / total
-        value[g] = _log(total, is_open * exp_less_one)[0]
-        share[g] = own * inverse
-        slope[g] = -exp_less_one * inverse
 
 
 class Rates(NamedTuple):
@@ -252,68 +220,77 @@ class Sums(NamedTuple):
     by_gate: np.ndarray  # (gene,)
 
 
-class Work(NamedTuple):
-    """What is known of each gene of one cell, kept from cell to cell to be written over."""
-
-    share: np.ndarray  # of the rate in all, not yet divided by the sum
-    rate: np.ndarray
-    log1p: np.ndarray  # log(1 + μ/θ)
-    closed: np.ndarray  # 1 / (1 + μ/θ)
-    log_zero: np.ndarray  # log p of no count, without π
-    slope: np.ndarray  # the derivative of that by θ
-    value: np.ndarray
-    by_rate: np.ndarray
-    by_theta: np.ndarray
-    by_gate: np.ndarray
+# What is known of each gene of a chunk stands in one array of scratch, one part behind the other: the compiler then knows that no part
+# lies on another. RATE μ, LOG1P log(1 + μ/θ), CLOSED 1/(1 + μ/θ), SLOPE ∂/∂θ of the log density of no count without π; VALUE the log
+# density, BY_RATE, BY_THETA and BY_GATE its derivatives by log μ, θ and π.
+RATE, LOG1P, CLOSED, SLOPE, VALUE, BY_RATE, BY_THETA, BY_GATE, SCRATCH = (part * CHUNK for part in range(9))
 
 
 @compiled
 @no_type_check
-def _rates(rates: Rates, cell: int, work: Work) -> tuple[float, float]:
-    """Fill shares and rates of a cell; return what is added to its logits for log rates, and the sum of its shares."""
-    logits, share, rate = rates.logits[cell], work.share, work.rate
-    largest, total = _ZERO, _ONE
-    if rates.softmax:
-        largest = _largest(logits)
+def _shares(logits: np.ndarray, softmax: bool, share: np.ndarray) -> tuple[float, float]:
+    """Fill in the shares of genes, not yet divided by their sum; return what was taken from the logits, and the sum."""
+    largest = _largest(logits) if softmax else _ZERO
     for g in range(len(logits)):
         share[g] = _expm1(logits[g] - largest)[0]
-    if rates.softmax:
-        total = _sum(share)
-    shift = np.float64(rates.log_depth[cell]) - math.log(np.float64(total)) - np.float64(largest) * rates.softmax
-    scale = np.float32(math.exp(np.float64(rates.log_depth[cell])) / np.float64(total))
-    row = rates.row[cell] if len(rates.eta) else -1
-    if row >= 0:
-        factor = rates.factor[row]
-        for g in range(len(logits)):
-            rate[g] = share[g] * scale * factor[g]
-    else:
-        for g in range(len(logits)):
-            rate[g] = share[g] * scale
-    return shift, total
+    return largest, _sum(share) if softmax else _ONE
 
 
 @compiled
 @no_type_check
-def _without_counts(law: Law, work: Work) -> None:
-    """Fill in log p and its gradients of a cell as if no gene had a count."""
-    rate, closed, log_zero, slope = work.rate, work.closed, work.log_zero, work.slope
-    by_rate, by_theta = work.by_rate, work.by_theta
-    if len(law.theta):
-        _negative_binomial(rate, law.theta, law.inverse, work.log1p, log_zero, closed, slope)
+def _rates(share: np.ndarray, scale: float, factor: np.ndarray, work: np.ndarray) -> None:
+    """Fill in μ."""
+    if len(factor):
+        for g in range(len(share)):
+            work[RATE + g] = share[g] * scale * factor[g]
     else:
-        for g in range(len(rate)):
-            log_zero[g] = -rate[g]
-    if len(law.gate):
-        _gated(log_zero, law.gate, by_theta, work.value, work.by_gate)
-        for g in range(len(rate)):
-            by_rate[g] = -by_theta[g] * rate[g] * closed[g]
-        for g in range(len(rate)):
-            by_theta[g] = by_theta[g] * slope[g]
-    else:
-        work.value[:] = log_zero
-        for g in range(len(rate)):
-            by_rate[g] = -rate[g] * closed[g]
-        by_theta[:] = slope
+        for g in range(len(share)):
+            work[RATE + g] = share[g] * scale
+
+
+@compiled
+@no_type_check
+def _poisson(n: int, work: np.ndarray) -> None:
+    """Fill in log p of no count, and its derivatives, without θ."""
+    for g in range(n):
+        work[VALUE + g] = -work[RATE + g]
+        work[BY_RATE + g] = -work[RATE + g]
+
+
+@compiled
+@no_type_check
+def _negative_binomial(theta: np.ndarray, inverse: np.ndarray, work: np.ndarray) -> None:
+    """Fill in log p = −θ log(1 + r), r = μ/θ, of no count, and its derivatives −μ/(1 + r) and r/(1 + r) − log(1 + r)."""
+    for g in range(len(theta)):
+        r = work[RATE + g] * inverse[g]
+        r = _LARGE if r > _LARGE else r
+        c = _ONE / (_ONE + r)
+        log, beyond, near = _log(_ONE + r, r)
+        # near 1 the difference of two nearly equal numbers is r² (1/(1 + r) − ½) + the terms of the logarithm beyond the second
+        slope = -(r * r * (c - _HALF) + beyond) if near > _ZERO else r * c - log
+        work[LOG1P + g] = log
+        work[CLOSED + g] = c
+        work[SLOPE + g] = slope
+        work[BY_THETA + g] = slope
+        work[VALUE + g] = -theta[g] * log
+        work[BY_RATE + g] = -work[RATE + g] * c
+
+
+@compiled
+@no_type_check
+def _gated(gate: np.ndarray, work: np.ndarray) -> None:
+    """Put the gate around log p = a of no count: log(π + (1 − π) e^a); the share (1 − π) e^a of it keeps its derivatives."""
+    for g in range(len(gate)):
+        exp, exp_less_one = _expm1(work[VALUE + g])
+        is_open = _ONE - gate[g]
+        own = is_open * exp
+        total = gate[g] + own
+        inverse = _ONE / total
+        share = own * inverse
+        work[VALUE + g] = _log(total, is_open * exp_less_one)[0]
+        work[BY_RATE + g] *= share
+        work[BY_THETA + g] *= share
+        work[BY_GATE + g] = -exp_less_one * inverse
 
 
 @compiled
@@ -333,87 +310,102 @@ def _beyond(x: float, log_rate: float, theta: float) -> tuple[float, float, floa
 
 @compiled
 @no_type_check
-def _with_counts(law: Law, work: Work, logits: np.ndarray, eta: np.ndarray, shift: float, gene: np.ndarray, count: np.ndarray) -> float:
-    """Write over what genes with a count have in `Work`; return the sum of their log p, NaN with a count that is none."""
-    total, largest = 0.0, len(law.value) - 1
+def _counted(
+    start: int, gene: np.ndarray, count: np.ndarray, logits: np.ndarray, eta: np.ndarray, shift: float, law: Law, work: np.ndarray
+) -> float:
+    """Write over what genes of the chunk from ``start`` have where x > 0; return the sum of their log p, NaN where an x is no count."""
+    total, n_table, dispersed, gated = 0.0, len(law.value), len(law.theta) > 0, len(law.gate) > 0
     for entry in range(len(gene)):
-        g, x = gene[entry], np.float64(count[entry])
+        g = gene[entry]
+        j, x = g - start, np.float64(count[entry])
         if x == 0.0:
             continue
         if not (0.0 < x < LARGEST and x == math.floor(x)):
             return math.nan
-        log_rate = np.float64(logits[g]) + shift
-        if len(eta):
-            log_rate += np.float64(eta[g])
-        if x <= largest:
-            k, rate, closed, inverse = int(x), np.float64(work.rate[g]), np.float64(work.closed[g]), np.float64(law.inverse[g])
-            total += law.value[k, g] + x * (log_rate - np.float64(work.log1p[g])) + np.float64(work.log_zero[g])
+        log_rate = np.float64(logits[g]) + shift + (np.float64(eta[g]) if len(eta) else 0.0)
+        if x < n_table:
+            k, rate, closed, inverse = int(x), np.float64(work[RATE + j]), np.float64(work[CLOSED + j]), np.float64(law.inverse[g])
+            log1p = np.float64(work[LOG1P + j])
+            total += law.value[k, g] + x * (log_rate - log1p) - (np.float64(law.theta[g]) * log1p if dispersed else rate)
             by_rate = (x - rate) * closed
-            by_theta = np.float64(work.slope[g]) + law.slope[k, g] + x * rate * closed * inverse * inverse
+            by_theta = np.float64(work[SLOPE + j]) + law.slope[k, g] + x * rate * closed * inverse * inverse
         else:
-            log_prob, by_rate, by_theta = _beyond(x, log_rate, np.float64(law.theta[g]) if len(law.theta) else 0.0)
+            log_prob, by_rate, by_theta = _beyond(x, log_rate, np.float64(law.theta[g]) if dispersed else 0.0)
             total += log_prob
-        work.value[g], work.by_rate[g], work.by_theta[g] = _ZERO, np.float32(by_rate), np.float32(by_theta)
-        if len(law.gate):
+        work[VALUE + j], work[BY_RATE + j], work[BY_THETA + j] = _ZERO, np.float32(by_rate), np.float32(by_theta)
+        if gated:
             total += law.log_open[g]
-            work.by_gate[g] = -_ONE / (_ONE - law.gate[g])
+            work[BY_GATE + j] = -_ONE / (_ONE - law.gate[g])
     return total
 
 
 @compiled
 @no_type_check
-def _keep(rates: Rates, cell: int, work: Work, total: float, sums: Sums) -> None:
-    """Write the gradients by what is the cell's own, and add those by η."""
-    weight, by_rate, share, out = sums.weight[cell], work.by_rate, work.share, sums.by_logits[cell]
-    all_genes = _sum(by_rate)
-    sums.by_depth[cell] = weight * all_genes
-    row = rates.row[cell] if len(sums.by_eta) else -1
-    if row >= 0:
-        by_eta = sums.by_eta[row]
-        for g in range(len(by_rate)):
-            by_eta[g] += weight * by_rate[g]
-    back = all_genes / total * np.float32(rates.softmax)
-    for g in range(len(by_rate)):
-        out[g] = weight * (by_rate[g] - share[g] * back)
-
-
-@compiled
-@no_type_check
 def _add(weight: float, part: np.ndarray, total: np.ndarray) -> None:
-    """Add a row."""
-    for g in range(len(part)):
+    """Add a row, weighted, to another."""
+    for g in range(len(total)):
         total[g] += weight * part[g]
 
 
 @compiled
 @no_type_check
-def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: Sums) -> int:
-    """Go through the cells from ``first`` to ``last``; return the first cell whose counts are none, or −1."""
+def _back(weight: float, share: np.ndarray, by_share: float, by_logits: np.ndarray) -> None:
+    """Turn derivatives by log rates into those by logits."""
+    for g in range(len(share)):
+        by_logits[g] = weight * (by_logits[g] - share[g] * by_share)
+
+
+@compiled
+@no_type_check
+def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: Sums) -> None:
+    """Go through the cells from ``first`` to ``last``; the log density of a cell is NaN where one of its counts is none."""
     n = rates.logits.shape[1]
-    rows = np.zeros((10, n), np.float32)
-    rows[3] = _ONE
-    work = Work(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7], rows[8], rows[9])
-    by_theta, by_gate = np.zeros(n, np.float32), np.zeros(n, np.float32)
-    gene, none = np.empty(n + 1, np.int32), np.empty(0, np.float32)
+    wanted = len(sums.by_logits) > 0
+    work = np.zeros(SCRATCH, np.float32)
+    work[CLOSED : CLOSED + CHUNK] = _ONE
+    share, by_theta, by_gate = np.empty(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32)
+    found, seen, none = np.empty(n + 1, np.int32), np.empty(n + 1, np.float32), np.empty(0, np.float32)
     for cell in range(first, last):
-        shift, total = _rates(rates, cell, work)
-        _without_counts(law, work)
-        eta = rates.eta[rates.row[cell]] if len(rates.eta) and rates.row[cell] >= 0 else none
+        logits = rates.logits[cell]
+        largest, total = _shares(logits, rates.softmax, share)
+        shift = np.float64(rates.log_depth[cell]) - math.log(np.float64(total)) - np.float64(largest)
+        scale = np.float32(math.exp(np.float64(rates.log_depth[cell])) / np.float64(total))
+        row = rates.row[cell] if len(rates.eta) else -1
+        eta, factor = (rates.eta[row], rates.factor[row]) if row >= 0 else (none, none)
         if len(counts.dense):
-            there = gene[: _present(counts.dense[cell], gene)]
-            found = _with_counts(law, work, rates.logits[cell], eta, shift, there, counts.dense[cell][there])
+            there = _present(counts.dense[cell], found, seen)
+            gene, count = found[:there], seen[:there]
         else:
-            part = slice(counts.start[cell], counts.start[cell + 1])
-            found = _with_counts(law, work, rates.logits[cell], eta, shift, counts.gene[part], counts.count[part])
-        if math.isnan(found):
-            return cell
-        sums.log_prob[cell] = np.float32(found + np.float64(_sum(work.value)))
-        if len(sums.by_logits):
-            _keep(rates, cell, work, total, sums)
-            _add(sums.weight[cell], work.by_theta, by_theta)
-            _add(sums.weight[cell], work.by_gate, by_gate)
+            gene = counts.gene[counts.start[cell] : counts.start[cell + 1]]
+            count = counts.count[counts.start[cell] : counts.start[cell + 1]]
+        by_rate = sums.by_logits[cell] if wanted else none
+        log_prob, all_genes, entry = 0.0, _ZERO, 0
+        for start in range(0, n, CHUNK):
+            stop = min(start + CHUNK, n)
+            size = stop - start
+            _rates(share[start:stop], scale, factor[start:stop], work)
+            if len(law.theta):
+                _negative_binomial(law.theta[start:stop], law.inverse[start:stop], work)
+            else:
+                _poisson(size, work)
+            if len(law.gate):
+                _gated(law.gate[start:stop], work)
+            behind = entry + np.searchsorted(gene[entry:], stop)
+            log_prob += _counted(start, gene[entry:behind], count[entry:behind], logits, eta, shift, law, work)
+            entry = behind
+            log_prob += np.float64(_sum(work[VALUE : VALUE + size]))
+            if wanted:
+                all_genes += _sum(work[BY_RATE : BY_RATE + size])
+                by_rate[start:stop] = work[BY_RATE : BY_RATE + size]
+                _add(sums.weight[cell], work[BY_THETA:], by_theta[start:stop])
+                _add(sums.weight[cell], work[BY_GATE:], by_gate[start:stop])
+        sums.log_prob[cell] = np.float32(log_prob)
+        if wanted:
+            sums.by_depth[cell] = sums.weight[cell] * all_genes
+            if row >= 0 and len(sums.by_eta):
+                _add(sums.weight[cell], by_rate, sums.by_eta[row])
+            _back(sums.weight[cell], share, all_genes / total if rates.softmax else _ZERO, by_rate)
             if (cell - first) % BLOCK == BLOCK - 1 or cell == last - 1:
                 sums.by_theta[:] += by_theta
                 sums.by_gate[:] += by_gate
                 by_theta[:], by_gate[:] = _ZERO, _ZERO
-    return -1
