@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
-from pyro.ops.indexing import Vindex
 from torch import Tensor
+
+from perturbprob.measurement.rate import rows
 
 FEWEST_FOR_COVARIATES = 8
 """A regression of batch effects on what the batches hold is learnt across batches only: fewer than this say nothing of it."""
@@ -141,7 +142,7 @@ class BatchEffect(PyroModule):
         scale = pyro.sample("batch_media_scale", dist.LogNormal(overall.log() + torch.zeros_like(self.share), 0.5).to_event(1))
         zero = self.share.new_zeros(self.n_media, self.n_batches - 1, self.n_genes)
         effect = self.effect(pyro.sample("batch_media_coordinate", dist.Normal(zero, scale).to_event(3)))
-        return self._with_rows("batch_media_effect", effect)
+        return self._withrows("batch_media_effect", effect)
 
     def _by_state(self) -> dict[str, Tensor]:
         """Sample how much each latent axis changes each batch effect, with a scale per axis."""
@@ -150,9 +151,9 @@ class BatchEffect(PyroModule):
         scale = pyro.sample("batch_state_scale", dist.LogNormal(self._log(0.03).expand(self.n_latent), 1.0).to_event(1))
         zero = self.share.new_zeros(self.n_latent, self.n_batches - 1, self.n_genes)
         effect = self.effect(pyro.sample("batch_state_coordinate", dist.Normal(zero, scale[:, None, None]).to_event(3)))
-        return self._with_rows("batch_state_effect", effect)
+        return self._withrows("batch_state_effect", effect)
 
-    def _with_rows(self, name: str, effect: Float[Tensor, "of batch gene"]) -> dict[str, Tensor]:
+    def _withrows(self, name: str, effect: Float[Tensor, "of batch gene"]) -> dict[str, Tensor]:
         """Name a part of η; a batch adapted to later has none of it."""
         return {name: torch.nn.functional.pad(pyro.deterministic(name, effect, event_dim=3), (0, 0, 0, self.adapted))}
 
@@ -172,11 +173,24 @@ class BatchEffect(PyroModule):
         media: Float[Tensor, "cell media"],
     ) -> Float[Tensor, "*eta cell gene"]:
         """Return η^b(z, m) of cells, given the parts of η, each cell's batch (−1: none, 0), its state and the marks of its media."""
-        eta = _rows(sites["batch_effect"], batch)
+        eta, row = self.table(sites, batch, z, media)
+        return eta if row is None else rows(eta, row)
+
+    def table(
+        self,
+        sites: dict[str, Tensor],
+        batch: Int[Tensor, " cell"],
+        z: Float[Tensor, "*plate cell latent"],
+        media: Float[Tensor, "cell media"],
+    ) -> tuple[Float[Tensor, "*eta row gene"], Int[Tensor, " cell"] | None]:
+        """Return η^b as a table and the row of each cell in it; of state-dependent effects η^b(z, m) of each cell, and no rows."""
+        if not self.n_media and not self.n_latent:
+            return sites["batch_effect"], batch
+        eta = rows(sites["batch_effect"], batch)
         for name, read in (("batch_media_effect", media), ("batch_state_effect", z)):
             for k, part in enumerate(sites[name].unbind(-3) if name in sites else ()):
-                eta = eta + read[..., k, None] * _rows(part, batch)
-        return eta
+                eta = eta + read[..., k, None] * rows(part, batch)
+        return eta, None
 
     def spread(self, sites: dict[str, Tensor]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the variance, over τ², of a batch of a screen never seen and of the mean η̄ of all fitted, which nothing tells of.
@@ -217,11 +231,6 @@ class BatchEffect(PyroModule):
     def _log(self, value: float) -> Float[Tensor, ""]:
         """Return the log of a number on the device of the shares."""
         return self.share.new_tensor(value).log()
-
-
-def _rows(effect: Float[Tensor, "*draw batch gene"], batch: Int[Tensor, " cell"]) -> Float[Tensor, "*eta cell gene"]:
-    """Return the row of each cell's batch; code −1 reads 0. Draws in front broadcast against the cells (Vindex)."""
-    return Vindex(torch.nn.functional.pad(effect, (0, 0, 0, 1)))[..., batch, :]
 
 
 def _standardised(covariates: Float[Tensor, "batch covariate"], n_batches: int) -> Float[Tensor, "batch covariate"]:

@@ -12,6 +12,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from perturbprob.measurement.rate import Rate
+
 GATE_PRIOR = 0.01
 """Where the prior of the gate is centred: zero inflation is rarely needed on UMI counts."""
 _EULER = 0.5772156649015329
@@ -38,15 +40,33 @@ class CountLaw(TorchDistribution):
 
     def __init__(
         self,
-        log_rate: Float[Tensor, "*plate gene"],
+        log_rate: Float[Tensor, "*plate gene"] | Rate,
         dispersion: Float[Tensor, "*#plate gene"] | None = None,
         gate: Float[Tensor, "*#plate gene"] | None = None,
         *,
         validate_args: bool | None = None,
     ) -> None:
-        """Keep the parameters; ``log_rate`` gives the shape."""
-        self.log_rate, self.dispersion, self.gate = log_rate, dispersion, gate
+        """Keep the parameters; ``log_rate``, as it is or in its parts, gives the shape."""
+        self._log_rate, self.dispersion, self.gate = log_rate, dispersion, gate
         super().__init__(log_rate.shape, validate_args=False)
+
+    @property
+    def log_rate(self) -> Float[Tensor, "*plate gene"]:
+        """The log rate, added up from its parts."""
+        return self._log_rate.log if isinstance(self._log_rate, Rate) else self._log_rate
+
+    @property
+    def rate(self) -> Rate:
+        """The log rate in its parts; all in one where it was given as it is."""
+        if isinstance(self._log_rate, Rate):
+            return self._log_rate
+        return Rate(self._log_rate, self._log_rate.new_zeros(self._log_rate.shape[:-1]), softmax=False)
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> TorchDistribution:
+        """Return the law of all genes of a cell at once, by one compiled pass where there is one (`FusedCountLaw`)."""
+        from perturbprob.measurement.fused import FusedCountLaw, fits
+
+        return FusedCountLaw(self) if reinterpreted_batch_ndims == 1 and fits(self) else super().to_event(reinterpreted_batch_ndims)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "CountLaw":
         """Return the same law over a larger shape."""
@@ -195,7 +215,9 @@ class CountHead(nn.Module, ABC):
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
         """Sample the sites that all cells share, by name."""
 
-    def forward(self, log_rate: Float[Tensor, "*plate gene"], dispersion: Tensor | None = None, gate: Tensor | None = None) -> CountLaw:
+    def forward(
+        self, log_rate: Float[Tensor, "*plate gene"] | Rate, dispersion: Tensor | None = None, gate: Tensor | None = None
+    ) -> CountLaw:
         """Return the law of the counts."""
         return CountLaw(log_rate, dispersion, gate)
 

@@ -48,7 +48,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "*plate latent"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return the log share."""
-        return torch.log_softmax(self.network(z) + offset, -1)
+        return torch.log_softmax(self.logits(z, offset), -1)
+
+    def logits(self, z: Float[Tensor, "*plate latent"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return what the shares are a softmax of."""
+        return self.network(z) + offset
 
 
 @final
@@ -57,7 +61,11 @@ class LogRate(nn.Module):
 
     def forward(self, z: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return the log share."""
-        return torch.log_softmax(z + offset, -1)
+        return torch.log_softmax(self.logits(z, offset), -1)
+
+    def logits(self, z: Float[Tensor, "*plate gene"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
+        """Return what the shares are a softmax of."""
+        return z + offset
 
 
 @final

@@ -20,6 +20,7 @@ from perturbprob.measurement.counts import CountHead
 from perturbprob.measurement.decoder import Decoder, Identity, Log1p, LogRate, log_prior
 from perturbprob.measurement.exact import Exact
 from perturbprob.measurement.normal import Normal
+from perturbprob.measurement.rate import Rate
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import ConditionEffect, Node
 from perturbprob.model.mark_effect import MarkEffect
@@ -174,8 +175,11 @@ class CellModel(PyroModule):
 
     def log_shares(self, sites: dict[str, Tensor], state: CellState, rows: Int[Tensor, "cell part"]) -> Float[Tensor, "*plate cell gene"]:
         """Return the log of each gene's expected share of a cell's counts, before batch effects."""
-        offset = sites["gene_bias"] + self.condition_effect.total(sites["condition_effect"], rows)
-        return self.decoder(state.z, offset)
+        return self.decoder(state.z, self.offset(sites, rows))
+
+    def offset(self, sites: dict[str, Tensor], rows: Int[Tensor, "cell part"]) -> Float[Tensor, "cell gene"]:
+        """Return what acts on genes directly: the bias of each, and the effects of a cell's condition."""
+        return sites["gene_bias"] + self.condition_effect.total(sites["condition_effect"], rows)
 
     def seen(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> Iterator[tuple[str, dist.Distribution, Tensor]]:
         """Yield the law of each assay's counts, RNA first, under the name of its site, and the counts; cells that lack it are masked."""
@@ -211,9 +215,12 @@ class CellModel(PyroModule):
 
     def measured(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> dist.Distribution:
         """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""
-        depth = (cells.log_size_factor + self.log_depth)[:, None]
-        eta = self.batch_effect.at(sites, cells.batch, state.z, state.media)
-        return self.law(sites, depth + self.log_shares(sites, state, cells.rows) + eta, cells.standard_error)
+        depth = cells.log_size_factor + self.log_depth
+        eta = self.batch_effect.table(sites, cells.batch, state.z, state.media)
+        softmax = isinstance(self.decoder, Decoder | LogRate)
+        shown = (self.decoder.logits if softmax else self.decoder)(state.z, self.offset(sites, cells.rows))
+        rate = Rate(shown, depth, *eta, softmax=softmax)
+        return self.law(sites, rate if isinstance(self.measurement, CountHead) else rate.log, cells.standard_error)
 
     def seen_state(self, sites: dict[str, Tensor], cells: Cells) -> dist.Distribution:
         """Return the law of z(t) given values that measure the state itself, as in gene space: around x − η^b, with the noise of x."""
@@ -224,7 +231,7 @@ class CellModel(PyroModule):
     def law(
         self,
         sites: dict[str, Tensor],
-        location: Float[Tensor, "*plate gene"],
+        location: Float[Tensor, "*plate gene"] | Rate,
         standard_error: Float[Tensor, "cell gene"] | None = None,
     ) -> dist.Distribution:
         """Return the law of counts around a log rate, or of values around a location with known standard errors."""

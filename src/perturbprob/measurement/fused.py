@@ -1,0 +1,205 @@
+"""The law of a cell's counts on a CPU: one compiled pass over a minibatch gives log densities and their gradients."""
+
+import functools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from tqdm.auto import tqdm
+
+from perturbprob.measurement.rate import Rate
+
+if TYPE_CHECKING:
+    from perturbprob.measurement.counts import CountLaw
+
+LARGEST_TABLE = 32
+"""Of counts up to it, at most, the terms with Γ are read from tables."""
+WORTH_A_THREAD = 200_000
+"""So many counts are worth a thread of their own."""
+
+
+@final
+class FusedCountLaw(TorchDistribution):
+    """A `CountLaw` over the genes of each cell whose log density and gradients come from one compiled pass.
+
+    It is what ``CountLaw(...).to_event(1)`` returns where the pass can be taken (`fits`), and the same law: only `log_prob` differs, by
+    the rounding of single precision. Counts that are none (NaN, negative, not whole, 2^31 or more) raise a ValueError.
+
+    >>> from perturbprob.measurement.counts import CountLaw
+    >>> law = CountLaw(torch.zeros(2, 3), torch.ones(3)).to_event(1)
+    >>> type(law).__name__, law.log_prob(torch.zeros(2, 3)).shape
+    ('FusedCountLaw', torch.Size([2]))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+
+    def __init__(self, base_dist: "CountLaw") -> None:
+        """Keep the law of single counts."""
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape[:-1], base_dist.batch_shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> TorchDistribution:
+        """Return the same law over a larger shape."""
+        return self.base_dist.expand(torch.Size(batch_shape) + self.event_shape).to_event(1)
+
+    @property
+    def mean(self) -> Float[Tensor, "cell gene"]:
+        """Of each count."""
+        return self.base_dist.mean
+
+    @property
+    def variance(self) -> Float[Tensor, "cell gene"]:
+        """Of each count."""
+        return self.base_dist.variance
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Float[Tensor, "*draw cell gene"]:  # noqa: B008
+        """Draw counts."""
+        return self.base_dist.sample(sample_shape)
+
+    def log_prob(self, value: Float[Tensor, "... cell gene"]) -> Float[Tensor, "... cell"]:
+        """Log-probability of the counts of each cell."""
+        if value.shape != self.base_dist.batch_shape or value.dtype != torch.float32 or value.requires_grad:
+            return self.base_dist.log_prob(value).sum(-1)
+        rate, law = self.base_dist.rate, self.base_dist
+        eta, row = rate.eta, rate.row
+        if row is None and eta is not None:
+            row = torch.arange(len(eta))
+        return _Pass.apply(rate.logits, rate.log_depth, eta, law.dispersion, law.gate, row, rate.softmax, value)
+
+
+def fits(law: "CountLaw") -> bool:
+    """Say whether the compiled pass can be taken: counts of (cell, gene), a θ and a π for each gene, single precision, a CPU, numba."""
+    rate, shape = law.rate, law.batch_shape
+    if len(shape) != 2 or 0 in shape or rate.logits.shape != shape or rate.log_depth.shape != shape[:1]:
+        return False
+    if rate.eta is not None and (rate.eta.ndim != 2 or (rate.row is None and rate.eta.shape != shape)):
+        return False
+    of_genes = [value for value in (law.dispersion, law.gate) if value is not None]
+    parts = [part for part in (rate.logits, rate.log_depth, rate.eta) if part is not None] + of_genes
+    alike = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
+    return alike and all(value.shape == shape[1:] for value in of_genes) and kernel() is not None
+
+
+@functools.cache
+def kernel() -> ModuleType | None:
+    """Return the compiled pass, None where numba cannot be had; say so if it is yet to be compiled."""
+    try:
+        from perturbprob.measurement import kernel as compiled
+    except ImportError:  # no numba, or none for this numpy
+        return None
+    if not compiled.is_kept(compiled.fused):
+        tqdm.write("perturbprob compiles its count model, once: half a minute.", file=sys.stderr)
+    return compiled
+
+
+class _Given(NamedTuple):
+    """What the pass is given."""
+
+    logits: Float[Tensor, "cell gene"]
+    log_depth: Float[Tensor, " cell"]
+    eta: Float[Tensor, "row gene"] | None
+    theta: Float[Tensor, " gene"] | None
+    gate: Float[Tensor, " gene"] | None
+    row: Tensor | None
+    softmax: bool
+    counts: Float[Tensor, "cell gene"]
+
+
+class _Pass(torch.autograd.Function):
+    """Log densities of cells, and the gradients that were computed beside them.
+
+    These are those of the sum over cells. If a later step weighs cells differently, the pass is taken once more with these weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Float[Tensor, " cell"]:
+        """Take the pass; keep the gradients if any is wanted."""
+        ctx.given, wanted = _Given(*given), ctx.needs_input_grad[:5]
+        log_prob, ctx.gradients = taken(ctx.given, torch.ones(len(given[0])), wanted)
+        return log_prob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Float[Tensor, " cell"]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the weighted sum."""
+        gradients, ctx.gradients = ctx.gradients, None  # given away: a second call computes them again
+        first = float(weight[0])
+        if gradients is None or not bool((weight == first).all()):
+            gradients = taken(ctx.given, weight.contiguous(), ctx.needs_input_grad[:5])[1]
+        elif first != 1.0:
+            gradients = [None if part is None else part.mul_(first) for part in gradients]
+        return (*gradients, None, None, None)
+
+
+def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """Take the pass, in as many threads as torch has; return log densities, and the gradients wanted of their weighted sum."""
+    compiled = kernel()
+    n_cells, n_genes = given.logits.shape
+    rates = _rates(compiled, given)
+    law = _law(compiled, given, min(LARGEST_TABLE, max(8, n_cells // 8)))
+    counts = compiled.Counts(_array(given.counts), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+    n_threads = max(1, min(torch.get_num_threads(), n_cells * n_genes // WORTH_A_THREAD))
+    cut = np.linspace(0, n_cells, n_threads + 1).astype(int).tolist()
+    log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)
+    by_logits = np.empty((n_cells if any(wanted) else 0, n_genes), np.float32)
+    by_eta = np.zeros((n_threads, len(given.eta) if wanted[2] else 0, n_genes), np.float32)
+    by_gene = np.zeros((2, n_threads, n_genes))
+
+    def part(k: int) -> None:
+        sums = compiled.Sums(_array(weight), log_prob, by_logits, by_depth, by_eta[k], by_gene[0, k], by_gene[1, k])
+        compiled.fused(cut[k], cut[k + 1], rates, law, counts, sums)
+
+    if n_threads == 1:
+        part(0)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(part, range(n_threads)))
+    if np.isnan(log_prob).any():
+        refuse_what_is_no_count(given.counts)
+    of_genes = by_gene.sum(1).astype(np.float32)
+    gradients = (by_logits, by_depth, by_eta[0] if len(by_eta) == 1 else by_eta.sum(0), *of_genes)
+    return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
+
+
+def refuse_what_is_no_count(counts: Float[Tensor, "cell gene"]) -> None:
+    """Raise a ValueError if any value is NaN, negative, not whole, or 2^31 or more."""
+    wrong = ~((counts >= 0) & (counts < 2.0**31) & (counts == counts.floor()))
+    if wrong.any():
+        cell, gene = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"Counts must be whole numbers from 0 to 2^31 - 1; that of cell {cell}, gene {gene} is {float(counts[cell, gene]):g} "
+            f"({int(wrong.sum())} of {wrong.numel()} are none). Take raw counts, or model these values as continuous."
+        )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array, contiguous."""
+    return tensor.detach().contiguous().numpy()
+
+
+def _rates(compiled: ModuleType, given: _Given) -> Any:
+    """Return the parts of the log rate as arrays."""
+    n_cells, n_genes = given.logits.shape
+    eta = np.empty((0, n_genes), np.float32) if given.eta is None else _array(given.eta)
+    row = np.full(n_cells, -1) if given.row is None else _array(given.row)
+    return compiled.Rates(_array(given.logits), _array(given.log_depth), eta, np.exp(eta), row, given.softmax)
+
+
+def _law(compiled: ModuleType, given: _Given, largest: int) -> Any:
+    """Return θ and π as arrays, with the tables up to a count."""
+    n_genes = given.logits.shape[1]
+    none = np.empty(0, np.float32)
+    theta, gate = (none if value is None else _array(value) for value in (given.theta, given.gate))
+    inverse = 1 / theta if len(theta) else np.zeros(n_genes, np.float32)
+    value, slope = np.empty((largest + 1, n_genes)), np.empty((largest + 1, n_genes))
+    compiled.tables(inverse, value, slope)
+    return compiled.Law(theta, inverse, gate, np.log1p(-gate.astype(np.float64)), value, slope)
