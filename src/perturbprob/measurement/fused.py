@@ -152,7 +152,7 @@ def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...
     log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)
     by_logits = np.empty((n_cells if any(wanted) else 0, n_genes), np.float32)
     by_eta = np.zeros((n_threads, len(given.eta) if wanted[2] else 0, n_genes), np.float32)
-    by_gene = np.zeros((2, n_threads, n_genes))
+    by_gene = np.zeros((2, n_threads, *law.inverse.shape))
 
     def part(k: int) -> None:
         sums = compiled.Sums(_array(weight), log_prob, by_logits, by_depth, by_eta[k], by_gene[0, k], by_gene[1, k])
@@ -165,7 +165,7 @@ def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...
             list(pool.map(part, range(n_threads)))
     if np.isnan(log_prob).any():
         refuse_what_is_no_count(given.counts)
-    of_genes = by_gene.sum(1).astype(np.float32)
+    of_genes = by_gene.sum(1).reshape(2, -1)[:, :n_genes].astype(np.float32)
     gradients = (by_logits, by_depth, by_eta[0] if len(by_eta) == 1 else by_eta.sum(0), *of_genes)
     return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
 
@@ -190,16 +190,33 @@ def _rates(compiled: ModuleType, given: _Given) -> Any:
     """Return the parts of the log rate as arrays."""
     n_cells, n_genes = given.logits.shape
     eta = np.empty((0, n_genes), np.float32) if given.eta is None else _array(given.eta)
+    shape = _chunks(compiled, n_genes)
+    factor = np.ones((len(eta), shape[0] * shape[1]), np.float32)
+    np.exp(eta, out=factor[:, :n_genes])
     row = np.full(n_cells, -1) if given.row is None else _array(given.row)
-    return compiled.Rates(_array(given.logits), _array(given.log_depth), eta, np.exp(eta), row, given.softmax)
+    return compiled.Rates(_array(given.logits), _array(given.log_depth), eta, factor.reshape(len(eta), *shape), row, given.softmax)
 
 
 def _law(compiled: ModuleType, given: _Given, largest: int) -> Any:
     """Return θ and π as arrays, with the tables up to a count."""
-    n_genes = given.logits.shape[1]
-    none = np.empty(0, np.float32)
-    theta, gate = (none if value is None else _array(value) for value in (given.theta, given.gate))
-    inverse = 1 / theta if len(theta) else np.zeros(n_genes, np.float32)
-    value, slope = np.empty((largest + 1, n_genes)), np.empty((largest + 1, n_genes))
+    shape = _chunks(compiled, given.logits.shape[1])
+    theta, gate = (_filled(value, shape) for value in (given.theta, given.gate))
+    inverse = 1 / theta if len(theta) else np.zeros(shape, np.float32)
+    value, slope = np.empty((largest + 1, *shape), np.float32), np.empty((largest + 1, *shape), np.float32)
     compiled.tables(inverse, value, slope)
-    return compiled.Law(theta, inverse, gate, np.log1p(-gate.astype(np.float64)), value, slope)
+    return compiled.Law(theta, inverse, gate, np.log1p(-gate), value, slope)
+
+
+def _chunks(compiled: ModuleType, n_genes: int) -> tuple[int, int]:
+    """Return how many chunks of how many lanes hold the genes."""
+    n_chunks = -(-n_genes // compiled.CHUNK)
+    return n_chunks, -(-n_genes // (n_chunks * compiled.LANES)) * compiled.LANES
+
+
+def _filled(value: Tensor | None, shape: tuple[int, int]) -> np.ndarray:
+    """Return what each gene has in chunks, that of the last gene as often as it takes to fill them; of None nothing."""
+    if value is None:
+        return np.empty((0, shape[1]), np.float32)
+    filled = np.empty(shape[0] * shape[1], np.float32)
+    filled[: len(value)], filled[len(value) :] = _array(value), float(value[-1])
+    return filled.reshape(shape)

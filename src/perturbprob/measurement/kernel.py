@@ -13,6 +13,10 @@ import numpy as np
 
 CHUNK = 512
 """So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
+LANES = 32
+"""Arrays over genes are filled up to a multiple of it, so that no gene is left over to be dealt with by itself."""
+FULL = 0.2
+"""From this share of genes with a count on all genes of a cell are dealt with as if they had one."""
 BLOCK = 64
 """After so many cells sums in single precision are added to those in double."""
 LARGEST = 2.0**31
@@ -20,7 +24,7 @@ LARGEST = 2.0**31
 FAST = {"contract", "nsz", "arcp"}  # not nnan: what is not a number must come out as such; not reassoc: log1p would lose its small numbers
 
 _F = np.float32
-_ZERO, _ONE, _HALF = _F(0), _F(1), _F(0.5)
+_ZERO, _ONE, _HALF, _NAN = _F(0), _F(1), _F(0.5), _F(math.nan)
 _LARGE = _F(1e38)
 _LOG2E, _LN2_HIGH, _LN2_LOW = _F(1.44269504088896341), _F(0.693359375), _F(-2.12194440e-4)
 _EXP_LOW, _EXP_HIGH = _F(-87.0), _F(88.0)
@@ -51,6 +55,11 @@ def compiled(function: Callable[..., Any], flags: Set[str] = FAST) -> Any:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba finds no folder that it can write to
         return numba.njit(**options)(function)
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """Put a function into those that call it, so that arrays are neither sliced nor handed on."""
+    return numba.njit(inline="always", error_model="numpy", fastmath=FAST)(function)
 
 
 def is_kept(function: Any) -> bool:
@@ -92,36 +101,6 @@ def _log(t: float, less_one: float) -> tuple[float, float, float]:
 
 @compiled
 @no_type_check
-def _largest(row: np.ndarray) -> float:
-    """Return the largest of a row, eight at a time."""
-    lane = np.full(8, row[0], np.float32)
-    whole = len(row) // 8 * 8
-    for start in range(0, whole, 8):
-        for k in range(8):
-            value = row[start + k]
-            lane[k] = value if value > lane[k] else lane[k]
-    largest = row[0]
-    for k in range(8):
-        largest = max(largest, lane[k])
-    for k in range(whole, len(row)):
-        largest = max(largest, row[k])
-    return largest
-
-
-@no_type_check
-def _total(row: np.ndarray) -> float:
-    """Return the sum of a row, in any order."""
-    total = _ZERO
-    for g in range(len(row)):  # not over values, which would be added one by one
-        total += row[g]
-    return total
-
-
-_sum = compiled(_total, FAST | {"reassoc"})
-
-
-@compiled
-@no_type_check
 def _stirling(z: float) -> tuple[float, float]:
     """Return log Γ(z) − (z − ½) log z + z − ½ log 2π and the derivative of that, for z ≥ 8."""
     i = 1.0 / z
@@ -156,47 +135,46 @@ def rising(theta: float, x: float) -> tuple[float, float]:
 @no_type_check
 def tables(inverse: np.ndarray, value: np.ndarray, slope: np.ndarray) -> None:
     """Fill the tables over counts k: Σ_{j<k} log(1 + j/θ_g) − log k!, and Σ_{j<k} (1/(θ_g + j) − 1/θ_g); ``inverse`` is 1/θ."""
-    value[0], slope[0] = 0.0, 0.0
-    for k in range(len(value) - 1):
-        j, log_next = np.float32(k), math.log(k + 1.0)
-        for g in range(len(inverse)):
-            ratio = j * inverse[g]
-            value[k + 1, g] = value[k, g] + _log(_ONE + ratio, ratio)[0] - log_next
-        for g in range(len(inverse)):
-            slope[k + 1, g] = slope[k, g] - j * inverse[g] * inverse[g] / (_ONE + j * inverse[g])
-
-
-@compiled
-@no_type_check
-def _present(row: np.ndarray, gene: np.ndarray, count: np.ndarray) -> int:
-    """Write the genes with a count into ``gene``, and their counts; return how many."""
-    n = 0
-    for g in range(len(row)):
-        gene[n], count[n] = g, row[g]
-        n += not row[g] == 0  # NaN is not 0
-    return n
+    n_chunks, width = inverse.shape
+    total, total_slope = np.zeros(width), np.zeros(width)
+    for chunk in range(n_chunks):
+        for j in range(width):
+            value[0, chunk, j], slope[0, chunk, j], total[j], total_slope[j] = _ZERO, _ZERO, 0.0, 0.0
+        for k in range(len(value) - 1):
+            kf, log_next = np.float32(k), math.log(k + 1.0)
+            for j in range(width):
+                ratio = kf * inverse[chunk, j]
+                total[j] += _log(_ONE + ratio, ratio)[0] - log_next
+                value[k + 1, chunk, j] = total[j]
+            for j in range(width):
+                ratio = kf * inverse[chunk, j]
+                total_slope[j] -= ratio * inverse[chunk, j] / (_ONE + ratio)
+                slope[k + 1, chunk, j] = total_slope[j]
 
 
 class Rates(NamedTuple):
-    """log rate = log ℓ_c + log softmax(logits_c) + η[row_c]; without ``softmax`` logits stand for log shares. No η where it has no rows."""
+    """log rate = log ℓ_c + log softmax(logits_c) + η[row_c]; without ``softmax`` logits stand for log shares. No η where it has no rows.
+
+    Here and below (chunk, lane) are the genes, in chunks that are filled up to a multiple of `LANES`.
+    """
 
     logits: np.ndarray  # (cell, gene)
     log_depth: np.ndarray  # (cell,)
     eta: np.ndarray  # (row, gene)
-    factor: np.ndarray  # (row, gene), exp(η)
+    factor: np.ndarray  # (row, chunk, lane), exp(η)
     row: np.ndarray  # (cell,), −1 for none
     softmax: bool
 
 
 class Law(NamedTuple):
-    """θ and 1/θ, its tables over counts, and π; without genes where the law has none."""
+    """θ and π, without genes where the law has none, and the `tables` of θ, one count behind the other."""
 
-    theta: np.ndarray  # (gene,)
-    inverse: np.ndarray  # (gene,), 0 without θ
-    gate: np.ndarray  # (gene,), 0 without π
-    log_open: np.ndarray  # (gene,), log(1 − π) in double precision
-    value: np.ndarray  # (count, gene)
-    slope: np.ndarray  # (count, gene)
+    theta: np.ndarray  # (chunk, lane)
+    inverse: np.ndarray  # (chunk, lane), 1/θ, 0 without θ
+    gate: np.ndarray  # (chunk, lane)
+    log_open: np.ndarray  # (chunk, lane), log(1 − π)
+    value: np.ndarray  # (count, chunk, lane)
+    slope: np.ndarray  # (count, chunk, lane)
 
 
 class Counts(NamedTuple):
@@ -216,81 +194,158 @@ class Sums(NamedTuple):
     by_logits: np.ndarray  # (cell, gene)
     by_depth: np.ndarray  # (cell,)
     by_eta: np.ndarray  # (row, gene)
-    by_theta: np.ndarray  # (gene,)
-    by_gate: np.ndarray  # (gene,)
+    by_theta: np.ndarray  # (chunk, lane)
+    by_gate: np.ndarray  # (chunk, lane)
 
 
 # What is known of each gene of a chunk stands in one array of scratch, one part behind the other: the compiler then knows that no part
-# lies on another. RATE μ, LOG1P log(1 + μ/θ), CLOSED 1/(1 + μ/θ), SLOPE ∂/∂θ of the log density of no count without π; VALUE the log
-# density, BY_RATE, BY_THETA and BY_GATE its derivatives by log μ, θ and π.
-RATE, LOG1P, CLOSED, SLOPE, VALUE, BY_RATE, BY_THETA, BY_GATE, SCRATCH = (part * CHUNK for part in range(9))
+# lies on another. RATE μ, LOG1P log(1 + μ/θ), CLOSED 1/(1 + μ/θ), OPEN the log density of no count without π and SLOPE its derivative by
+# θ; TABLE and TABLE_SLOPE what the tables hold of its count; VALUE the log density, BY_RATE, BY_THETA and BY_GATE its
+# derivatives by log μ, θ and π; SUM and SUM_RATE sums of VALUE and BY_RATE over chunks.
+RATE, LOG1P, CLOSED, OPEN, SLOPE, TABLE, TABLE_SLOPE, VALUE, BY_RATE, BY_THETA, BY_GATE, SUM, SUM_RATE, SCRATCH = (
+    k * CHUNK for k in range(14)
+)
+
+
+@compiled
+@no_type_check
+def _largest(row: np.ndarray) -> float:
+    """Return the largest of a row, whose length is a multiple of `LANES`."""
+    lane = row[:LANES].copy()
+    lanes = row.reshape(-1, LANES)
+    for block in range(len(lanes)):
+        for k in range(LANES):
+            value = lanes[block, k]
+            lane[k] = value if value > lane[k] else lane[k]
+    largest = lane[0]
+    for k in range(LANES):
+        largest = lane[k] if lane[k] > largest else largest
+    return largest
+
+
+@no_type_check
+def _total(row: np.ndarray) -> float:
+    """Return the sum of a row, in any order."""
+    total = _ZERO
+    for k in range(len(row)):  # not over values, which would be added one by one
+        total += row[k]
+    return total
+
+
+_sum = compiled(_total, FAST | {"reassoc"})
 
 
 @compiled
 @no_type_check
 def _shares(logits: np.ndarray, softmax: bool, share: np.ndarray) -> tuple[float, float]:
     """Fill in the shares of genes, not yet divided by their sum; return what was taken from the logits, and the sum."""
-    largest = _largest(logits) if softmax else _ZERO
-    for g in range(len(logits)):
-        share[g] = _expm1(logits[g] - largest)[0]
+    n, largest = len(logits), _ZERO
+    share[:n] = logits
+    share[n:] = logits[n - 1]
+    if softmax:
+        largest = _largest(share)
+    for g in range(len(share)):
+        share[g] = _expm1(share[g] - largest)[0]
+    share[n:] = _ZERO
     return largest, _sum(share) if softmax else _ONE
 
 
-@compiled
+@part
 @no_type_check
-def _rates(share: np.ndarray, scale: float, factor: np.ndarray, work: np.ndarray) -> None:
+def _rates(chunk: int, width: int, share: np.ndarray, scale: float, factor: np.ndarray, row: int, work: np.ndarray) -> None:
     """Fill in μ."""
-    if len(factor):
-        for g in range(len(share)):
-            work[RATE + g] = share[g] * scale * factor[g]
+    if row >= 0:
+        for j in range(width):
+            work[RATE + j] = share[chunk, j] * scale * factor[row, chunk, j]
     else:
-        for g in range(len(share)):
-            work[RATE + g] = share[g] * scale
+        for j in range(width):
+            work[RATE + j] = share[chunk, j] * scale
 
 
-@compiled
+@part
 @no_type_check
-def _poisson(n: int, work: np.ndarray) -> None:
-    """Fill in log p of no count, and its derivatives, without θ."""
-    for g in range(n):
-        work[VALUE + g] = -work[RATE + g]
-        work[BY_RATE + g] = -work[RATE + g]
+def _poisson(width: int, work: np.ndarray) -> None:
+    """Fill in log p of no count, and its derivative, without θ."""
+    for j in range(width):
+        value = -work[RATE + j]
+        work[VALUE + j] = value
+        work[OPEN + j] = value
+        work[BY_RATE + j] = value
 
 
-@compiled
+@part
 @no_type_check
-def _negative_binomial(theta: np.ndarray, inverse: np.ndarray, work: np.ndarray) -> None:
+def _negative_binomial(chunk: int, width: int, theta: np.ndarray, inverse: np.ndarray, work: np.ndarray) -> None:
     """Fill in log p = −θ log(1 + r), r = μ/θ, of no count, and its derivatives −μ/(1 + r) and r/(1 + r) − log(1 + r)."""
-    for g in range(len(theta)):
-        r = work[RATE + g] * inverse[g]
+    for j in range(width):
+        r = work[RATE + j] * inverse[chunk, j]
         r = _LARGE if r > _LARGE else r
         c = _ONE / (_ONE + r)
         log, beyond, near = _log(_ONE + r, r)
         # near 1 the difference of two nearly equal numbers is r² (1/(1 + r) − ½) + the terms of the logarithm beyond the second
         slope = -(r * r * (c - _HALF) + beyond) if near > _ZERO else r * c - log
-        work[LOG1P + g] = log
-        work[CLOSED + g] = c
-        work[SLOPE + g] = slope
-        work[BY_THETA + g] = slope
-        work[VALUE + g] = -theta[g] * log
-        work[BY_RATE + g] = -work[RATE + g] * c
+        value = -theta[chunk, j] * log
+        work[LOG1P + j] = log
+        work[CLOSED + j] = c
+        work[OPEN + j] = value
+        work[SLOPE + j] = slope
+        work[BY_THETA + j] = slope
+        work[VALUE + j] = value
+        work[BY_RATE + j] = -work[RATE + j] * c
 
 
-@compiled
+@part
 @no_type_check
-def _gated(gate: np.ndarray, work: np.ndarray) -> None:
+def _gated(chunk: int, width: int, gate: np.ndarray, work: np.ndarray) -> None:
     """Put the gate around log p = a of no count: log(π + (1 − π) e^a); the share (1 − π) e^a of it keeps its derivatives."""
-    for g in range(len(gate)):
-        exp, exp_less_one = _expm1(work[VALUE + g])
-        is_open = _ONE - gate[g]
-        own = is_open * exp
-        total = gate[g] + own
+    for j in range(width):
+        exp, exp_less_one = _expm1(work[VALUE + j])
+        closed = gate[chunk, j]
+        own = (_ONE - closed) * exp
+        total = closed + own
         inverse = _ONE / total
         share = own * inverse
-        work[VALUE + g] = _log(total, is_open * exp_less_one)[0]
-        work[BY_RATE + g] *= share
-        work[BY_THETA + g] *= share
-        work[BY_GATE + g] = -exp_less_one * inverse
+        work[VALUE + j] = _log(total, (_ONE - closed) * exp_less_one)[0]
+        work[BY_RATE + j] *= share
+        work[BY_THETA + j] *= share
+        work[BY_GATE + j] = -exp_less_one * inverse
+
+
+@part
+@no_type_check
+def _read(chunk: int, width: int, count: np.ndarray, law: Law, work: np.ndarray) -> None:
+    """Read the tables at the counts of a chunk."""
+    largest = _F(len(law.value) - 1)
+    for j in range(width):
+        k = count[chunk, j]
+        k = largest if k > largest else k
+        k = k if k > _ZERO else _ZERO  # NaN becomes 0
+        work[TABLE + j], work[TABLE_SLOPE + j] = law.value[np.int64(k), chunk, j], law.slope[np.int64(k), chunk, j]
+
+
+@part
+@no_type_check
+def _everywhere(chunk: int, width: int, count: np.ndarray, log_rate: np.ndarray, inverse: np.ndarray, work: np.ndarray) -> None:
+    """Write over what genes of a chunk have where 0 < x, with what it is up to the largest x of the tables; log p is NaN of no count."""
+    for j in range(width):
+        x, mean, closed = count[chunk, j], work[RATE + j], work[CLOSED + j]
+        log_prob = work[TABLE + j] + x * (log_rate[chunk, j] - work[LOG1P + j]) + work[OPEN + j]
+        by_theta = work[SLOPE + j] + work[TABLE_SLOPE + j] + x * mean * closed * inverse[chunk, j] * inverse[chunk, j]
+        log_prob = log_prob if x == np.floor(x) else _NAN
+        log_prob = log_prob if x > _ZERO else _NAN
+        work[VALUE + j] = work[VALUE + j] if x == _ZERO else log_prob
+        work[BY_RATE + j] = work[BY_RATE + j] if x == _ZERO else (x - mean) * closed
+        work[BY_THETA + j] = work[BY_THETA + j] if x == _ZERO else by_theta
+
+
+@part
+@no_type_check
+def _everywhere_open(chunk: int, width: int, count: np.ndarray, gate: np.ndarray, log_open: np.ndarray, work: np.ndarray) -> None:
+    """Add what the gate has to say where 0 < x: that it was open."""
+    for j in range(width):
+        zero = count[chunk, j] == _ZERO
+        work[VALUE + j] += _ZERO if zero else log_open[chunk, j]
+        work[BY_GATE + j] = work[BY_GATE + j] if zero else -_ONE / (_ONE - gate[chunk, j])
 
 
 @compiled
@@ -308,104 +363,142 @@ def _beyond(x: float, log_rate: float, theta: float) -> tuple[float, float, floa
     return value - factorial + x * (log_rate - log1p) - theta * log1p, (x - rate) * closed, by_theta
 
 
-@compiled
+@part
 @no_type_check
 def _counted(
-    start: int, gene: np.ndarray, count: np.ndarray, logits: np.ndarray, eta: np.ndarray, shift: float, law: Law, work: np.ndarray
+    chunk: int, first: int, last: int, gene: np.ndarray, count: np.ndarray, cell: int, row: int, shift: float, rates: Rates, law: Law,
+    work: np.ndarray, above: float,
 ) -> float:
-    """Write over what genes of the chunk from ``start`` have where x > 0; return the sum of their log p, NaN where an x is no count."""
-    total, n_table, dispersed, gated = 0.0, len(law.value), len(law.theta) > 0, len(law.gate) > 0
-    for entry in range(len(gene)):
+    """Write over what genes of a chunk have where x > ``above``; return the sum of their log p, NaN if an x is no count."""
+    total, dispersed, gated, start = 0.0, len(law.theta) > 0, len(law.gate) > 0, chunk * law.inverse.shape[1]
+    for entry in range(first, last):
         g = gene[entry]
         j, x = g - start, np.float64(count[entry])
-        if x == 0.0:
+        if x == 0.0 or 0.0 < x <= above:
             continue
         if not (0.0 < x < LARGEST and x == math.floor(x)):
-            return math.nan
-        log_rate = np.float64(logits[g]) + shift + (np.float64(eta[g]) if len(eta) else 0.0)
-        if x < n_table:
-            k, rate, closed, inverse = int(x), np.float64(work[RATE + j]), np.float64(work[CLOSED + j]), np.float64(law.inverse[g])
-            log1p = np.float64(work[LOG1P + j])
-            total += law.value[k, g] + x * (log_rate - log1p) - (np.float64(law.theta[g]) * log1p if dispersed else rate)
-            by_rate = (x - rate) * closed
-            by_theta = np.float64(work[SLOPE + j]) + law.slope[k, g] + x * rate * closed * inverse * inverse
+            total = math.nan
+            break
+        log_rate = np.float64(rates.logits[cell, g]) + shift
+        if row >= 0:
+            log_rate += np.float64(rates.eta[row, g])
+        if x < len(law.value):
+            k, mean, closed, inverse = int(x), np.float64(work[RATE + j]), np.float64(work[CLOSED + j]), np.float64(law.inverse[chunk, j])
+            total += law.value[k, chunk, j] + x * (log_rate - np.float64(work[LOG1P + j])) + np.float64(work[OPEN + j])
+            by_rate = (x - mean) * closed
+            by_theta = np.float64(work[SLOPE + j]) + law.slope[k, chunk, j] + x * mean * closed * inverse * inverse
         else:
-            log_prob, by_rate, by_theta = _beyond(x, log_rate, np.float64(law.theta[g]) if dispersed else 0.0)
+            log_prob, by_rate, by_theta = _beyond(x, log_rate, np.float64(law.theta[chunk, j]) if dispersed else 0.0)
             total += log_prob
         work[VALUE + j], work[BY_RATE + j], work[BY_THETA + j] = _ZERO, np.float32(by_rate), np.float32(by_theta)
         if gated:
-            total += law.log_open[g]
-            work[BY_GATE + j] = -_ONE / (_ONE - law.gate[g])
+            total += law.log_open[chunk, j]
+            work[BY_GATE + j] = -_ONE / (_ONE - law.gate[chunk, j])
     return total
 
 
-@compiled
+@part
 @no_type_check
-def _add(weight: float, part: np.ndarray, total: np.ndarray) -> None:
-    """Add a row, weighted, to another."""
-    for g in range(len(total)):
-        total[g] += weight * part[g]
+def _add_up(width: int, work: np.ndarray) -> None:
+    """Add log densities, and derivatives by log rates, to their sums."""
+    for j in range(width):
+        work[SUM + j] += work[VALUE + j]
+    for j in range(width):
+        work[SUM_RATE + j] += work[BY_RATE + j]
 
 
-@compiled
+@part
 @no_type_check
-def _back(weight: float, share: np.ndarray, by_share: float, by_logits: np.ndarray) -> None:
-    """Turn derivatives by log rates into those by logits."""
-    for g in range(len(share)):
-        by_logits[g] = weight * (by_logits[g] - share[g] * by_share)
+def _keep(chunk: int, width: int, weight: float, by_rate: np.ndarray, by_theta: np.ndarray, by_gate: np.ndarray, work: np.ndarray) -> None:
+    """Keep the gradients of a chunk."""
+    for j in range(width):
+        by_rate[chunk, j] = work[BY_RATE + j]
+    for j in range(width):
+        by_theta[chunk, j] += weight * work[BY_THETA + j]
+    for j in range(width):
+        by_gate[chunk, j] += weight * work[BY_GATE + j]
 
 
 @compiled
 @no_type_check
 def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: Sums) -> None:
     """Go through the cells from ``first`` to ``last``; the log density of a cell is NaN where one of its counts is none."""
-    n = rates.logits.shape[1]
-    wanted = len(sums.by_logits) > 0
+    n, shape = rates.logits.shape[1], law.inverse.shape
+    n_chunks, width = shape
+    n_lanes = n_chunks * width
+    wanted, has_eta, dense = len(sums.by_logits) > 0, len(rates.eta) > 0, len(counts.dense) > 0
     work = np.zeros(SCRATCH, np.float32)
-    work[CLOSED : CLOSED + CHUNK] = _ONE
-    share, by_theta, by_gate = np.empty(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32)
-    found, seen, none = np.empty(n + 1, np.int32), np.empty(n + 1, np.float32), np.empty(0, np.float32)
+    for j in range(CHUNK):
+        work[CLOSED + j] = _ONE
+    # over genes, and the same numbers chunk by chunk
+    share, by_rate, here, log_rate = (np.zeros(n_lanes, np.float32), np.zeros(n_lanes, np.float32), np.zeros(n_lanes, np.float32), np.zeros(n_lanes, np.float32))
+    shares, by_rates, heres, log_rates = share.reshape(shape), by_rate.reshape(shape), here.reshape(shape), log_rate.reshape(shape)
+    by_theta, by_gate = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    found, seen = np.empty(n + 1, np.int32), np.empty(n + 1, np.float32)
+    gene, count = (found, seen) if dense else (counts.gene, counts.count)
     for cell in range(first, last):
-        logits = rates.logits[cell]
-        largest, total = _shares(logits, rates.softmax, share)
-        shift = np.float64(rates.log_depth[cell]) - math.log(np.float64(total)) - np.float64(largest)
-        scale = np.float32(math.exp(np.float64(rates.log_depth[cell])) / np.float64(total))
-        row = rates.row[cell] if len(rates.eta) else -1
-        eta, factor = (rates.eta[row], rates.factor[row]) if row >= 0 else (none, none)
-        if len(counts.dense):
-            there = _present(counts.dense[cell], found, seen)
-            gene, count = found[:there], seen[:there]
+        weight, depth = sums.weight[cell], np.float64(rates.log_depth[cell])
+        largest, total = _shares(rates.logits[cell], rates.softmax, share)
+        shift = depth - math.log(np.float64(total)) - np.float64(largest)
+        scale = np.float32(math.exp(depth) / np.float64(total))
+        row = rates.row[cell] if has_eta else -1
+        entry, end = 0, 0
+        if dense:
+            for g in range(n):
+                x = counts.dense[cell, g]
+                found[end], seen[end] = g, x
+                end += not x == _ZERO  # NaN is not 0
         else:
-            gene = counts.gene[counts.start[cell] : counts.start[cell + 1]]
-            count = counts.count[counts.start[cell] : counts.start[cell + 1]]
-        by_rate = sums.by_logits[cell] if wanted else none
-        log_prob, all_genes, entry = 0.0, _ZERO, 0
-        for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
-            size = stop - start
-            _rates(share[start:stop], scale, factor[start:stop], work)
+            entry, end = counts.start[cell], counts.start[cell + 1]
+        everywhere = end - entry > FULL * n
+        if everywhere:
+            for g in range(n):
+                here[g] = _ZERO
+            for k in range(entry, end):
+                here[gene[k]] = count[k]
+            for g in range(n):
+                log_rate[g] = rates.logits[cell, g] + np.float32(shift)
+            if row >= 0:
+                for g in range(n):
+                    log_rate[g] += rates.eta[row, g]
+        above = len(law.value) - 1.0 if everywhere else 0.0
+        for j in range(2 * CHUNK):
+            work[SUM + j] = _ZERO
+        log_prob = 0.0
+        for chunk in range(n_chunks):
+            _rates(chunk, width, shares, scale, rates.factor, row, work)
             if len(law.theta):
-                _negative_binomial(law.theta[start:stop], law.inverse[start:stop], work)
+                _negative_binomial(chunk, width, law.theta, law.inverse, work)
             else:
-                _poisson(size, work)
+                _poisson(width, work)
             if len(law.gate):
-                _gated(law.gate[start:stop], work)
-            behind = entry + np.searchsorted(gene[entry:], stop)
-            log_prob += _counted(start, gene[entry:behind], count[entry:behind], logits, eta, shift, law, work)
+                _gated(chunk, width, law.gate, work)
+            behind = entry
+            while behind < end and gene[behind] < (chunk + 1) * width:
+                behind += 1
+            if everywhere:
+                _read(chunk, width, heres, law, work)
+                _everywhere(chunk, width, heres, log_rates, law.inverse, work)
+                if len(law.gate):
+                    _everywhere_open(chunk, width, heres, law.gate, law.log_open, work)
+            log_prob += _counted(chunk, entry, behind, gene, count, cell, row, shift, rates, law, work, above)
             entry = behind
-            log_prob += np.float64(_sum(work[VALUE : VALUE + size]))
+            _add_up(width, work)
             if wanted:
-                all_genes += _sum(work[BY_RATE : BY_RATE + size])
-                by_rate[start:stop] = work[BY_RATE : BY_RATE + size]
-                _add(sums.weight[cell], work[BY_THETA:], by_theta[start:stop])
-                _add(sums.weight[cell], work[BY_GATE:], by_gate[start:stop])
-        sums.log_prob[cell] = np.float32(log_prob)
+                _keep(chunk, width, weight, by_rates, by_theta, by_gate, work)
+        sums.log_prob[cell] = np.float32(log_prob + np.float64(_sum(work[SUM : SUM + width])))
         if wanted:
-            sums.by_depth[cell] = sums.weight[cell] * all_genes
+            all_genes = _sum(work[SUM_RATE : SUM_RATE + width])
+            sums.by_depth[cell] = weight * all_genes
             if row >= 0 and len(sums.by_eta):
-                _add(sums.weight[cell], by_rate, sums.by_eta[row])
-            _back(sums.weight[cell], share, all_genes / total if rates.softmax else _ZERO, by_rate)
+                for g in range(n):
+                    sums.by_eta[row, g] += weight * by_rate[g]
+            back = all_genes / total if rates.softmax else _ZERO
+            for g in range(n):
+                sums.by_logits[cell, g] = weight * (by_rate[g] - share[g] * back)
             if (cell - first) % BLOCK == BLOCK - 1 or cell == last - 1:
-                sums.by_theta[:] += by_theta
-                sums.by_gate[:] += by_gate
-                by_theta[:], by_gate[:] = _ZERO, _ZERO
+                for chunk in range(n_chunks):
+                    for j in range(width):
+                        sums.by_theta[chunk, j] += by_theta[chunk, j]
+                        sums.by_gate[chunk, j] += by_gate[chunk, j]
+                        by_theta[chunk, j], by_gate[chunk, j] = _ZERO, _ZERO
