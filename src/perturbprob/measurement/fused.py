@@ -218,5 +218,6 @@ def _filled(value: Tensor | None, shape: tuple[int, int]) -> np.ndarray:
     if value is None:
         return np.empty((0, shape[1]), np.float32)
     filled = np.empty(shape[0] * shape[1], np.float32)
-    filled[: len(value)], filled[len(value) :] = _array(value), float(value[-1])
+    filled[: len(value)] = _array(value)
+    filled[len(value) :] = filled[len(value) - 1]
     return filled.reshape(shape)

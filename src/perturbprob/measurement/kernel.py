@@ -237,6 +237,23 @@ _sum = compiled(_total, FAST | {"reassoc"})
 
 @compiled
 @no_type_check
+def _summary(count: np.ndarray) -> tuple[float, float]:
+    """Return how many genes have a count, and the largest."""
+    present, most = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    lanes = count.reshape(-1, LANES)
+    for block in range(len(lanes)):
+        for k in range(LANES):
+            x = lanes[block, k]
+            present[k] += _ZERO if x == _ZERO else _ONE
+            most[k] = most[k] if x <= most[k] else x
+    largest = most[0]
+    for k in range(LANES):
+        largest = most[k] if most[k] > largest else largest
+    return _sum(present), largest
+
+
+@compiled
+@no_type_check
 def _shares(logits: np.ndarray, softmax: bool, share: np.ndarray) -> tuple[float, float]:
     """Fill in the shares of genes, not yet divided by their sum; return what was taken from the logits, and the sum."""
     n, largest = len(logits), _ZERO
@@ -436,24 +453,22 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
     by_theta, by_gate = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     found, seen = np.empty(n + 1, np.int32), np.empty(n + 1, np.float32)
     gene, count = (found, seen) if dense else (counts.gene, counts.count)
+    present = _ZERO
     for cell in range(first, last):
         weight, depth = sums.weight[cell], np.float64(rates.log_depth[cell])
         largest, total = _shares(rates.logits[cell], rates.softmax, share)
         shift = depth - math.log(np.float64(total)) - np.float64(largest)
         scale = np.float32(math.exp(depth) / np.float64(total))
         row = rates.row[cell] if has_eta else -1
-        entry, end = 0, 0
-        if dense:
-            for g in range(n):
-                x = counts.dense[cell, g]
-                found[end], seen[end] = g, x
-                end += not x == _ZERO  # NaN is not 0
-        else:
+        entry, end, most = 0, 0, np.float32(LARGEST)
+        if not dense:
             entry, end = counts.start[cell], counts.start[cell + 1]
-        everywhere = end - entry > FULL * n
+            present = np.float32(end - entry)
+        everywhere = present > FULL * n  # of rows, as it was in the cell before
+        above = len(law.value) - 1.0 if everywhere else 0.0
         if everywhere:
             for g in range(n):
-                here[g] = _ZERO
+                here[g] = counts.dense[cell, g] if dense else _ZERO
             for k in range(entry, end):
                 here[gene[k]] = count[k]
             for g in range(n):
@@ -461,7 +476,13 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
             if row >= 0:
                 for g in range(n):
                     log_rate[g] += rates.eta[row, g]
-        above = len(law.value) - 1.0 if everywhere else 0.0
+            if dense:
+                present, most = _summary(here)
+        if dense and not (everywhere and most <= above):
+            for g in range(n):
+                found[end], seen[end] = g, counts.dense[cell, g]
+                end += not counts.dense[cell, g] == _ZERO  # NaN is not 0
+            present = np.float32(end)
         for j in range(2 * CHUNK):
             work[SUM + j] = _ZERO
         log_prob = 0.0
