@@ -62,7 +62,7 @@ class CountLaw(TorchDistribution):
             return self._log_rate
         return Rate(self._log_rate, self._log_rate.new_zeros(self._log_rate.shape[:-1]), softmax=False)
 
-    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> TorchDistribution:
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.Distribution:
         """Return the law of all genes of a cell at once, by one compiled pass where there is one (`FusedCountLaw`)."""
         from perturbprob.measurement.fused import FusedCountLaw, fits
 

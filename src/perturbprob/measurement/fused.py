@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro.distributions import constraints
@@ -47,7 +48,7 @@ class FusedCountLaw(TorchDistribution):
         self.base_dist = base_dist
         super().__init__(base_dist.batch_shape[:-1], base_dist.batch_shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> TorchDistribution:
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> dist.Distribution:
         """Return the same law over a larger shape."""
         return self.base_dist.expand(torch.Size(batch_shape) + self.event_shape).to_event(1)
 
@@ -140,13 +141,18 @@ class _Pass(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    """Take the pass, in as many threads as torch has; return log densities, and the gradients wanted of their weighted sum."""
+def taken(
+    given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...], counts: Any = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Take the pass, in as many threads as torch has; return log densities, and the gradients wanted of their weighted sum.
+
+    ``counts`` are those of the kernel, where they are at hand as rows of a sparse matrix.
+    """
     compiled = kernel()
     n_cells, n_genes = given.logits.shape
     rates = _rates(compiled, given)
     law = _law(compiled, given, min(LARGEST_TABLE, max(8, n_cells // 8)))
-    counts = compiled.Counts(_array(given.counts), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+    counts = counts or compiled.Counts(_array(given.counts), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
     n_threads = max(1, min(torch.get_num_threads(), n_cells * n_genes // WORTH_A_THREAD))
     cut = np.linspace(0, n_cells, n_threads + 1).astype(int).tolist()
     log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)

@@ -507,9 +507,10 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
             _add_up(width, work)
             if wanted:
                 _keep(chunk, width, weight, by_rates, by_theta, by_gate, work)
-        sums.log_prob[cell] = np.float32(log_prob + np.float64(_sum(work[SUM : SUM + width])))
+        all_genes = _sum(work[SUM_RATE : SUM_RATE + width])
+        log_prob += np.float64(_sum(work[SUM : SUM + width]))
+        sums.log_prob[cell] = _NAN if math.isnan(all_genes) else np.float32(log_prob)  # `_log` does not pass on what is not a number
         if wanted:
-            all_genes = _sum(work[SUM_RATE : SUM_RATE + width])
             sums.by_depth[cell] = weight * all_genes
             if row >= 0 and len(sums.by_eta):
                 for g in range(n):
