@@ -17,18 +17,20 @@ TOLERANCE = 1e-5
 pytest.importorskip("numba")
 
 
-def parts(law, n_cells=6, n_genes=70, *, zero=0.8, seed=0, rate=0.0, n_batches=3):
+def parts(law, n_cells=6, n_genes=70, *, zero=0.8, seed=0, n_batches=3):
     """Random parts of a law, in single precision, and counts: logits, log depth, η, θ, π, rows, counts."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random)
 
-    counts = torch.where(torch.rand(n_cells, n_genes, generator=random) < zero, 0.0, torch.poisson(normal(n_cells, n_genes).exp() * 4, random))
+    empty = torch.rand(n_cells, n_genes, generator=random) < zero
+    counts = torch.where(empty, 0.0, torch.poisson(normal(n_cells, n_genes).exp() * 4, random))
     theta = (0.5 + normal(n_genes)).exp() if "poisson" not in law else None
     gate = torch.sigmoid(normal(n_genes) - 2) if "zero" in law else None
     row = torch.randint(-1, n_batches, (n_cells,), generator=random)
-    return [normal(n_cells, n_genes), normal(n_cells) + rate + math.log(n_genes), 0.3 * normal(n_batches, n_genes), theta, gate], row, counts
+    logits, log_depth = normal(n_cells, n_genes), normal(n_cells) + math.log(n_genes)
+    return [logits, log_depth, 0.3 * normal(n_batches, n_genes), theta, gate], row, counts
 
 
 def gradients(values, row, counts, *, softmax=True, weight=None, dtype=torch.float32):
@@ -51,7 +53,7 @@ def scale(values, row, counts, softmax):
     CountLaw(flat, *own).log_prob(counts.double()).sum().backward()
     each = flat.grad.abs()
     share = torch.softmax(logits, -1) if softmax else torch.zeros_like(logits)
-    of_eta = torch.zeros(len(eta) + 1, eta.shape[1], dtype=torch.float64).index_add_(0, row % (len(eta) + 1), each)[:-1] if eta is not None else None
+    of_eta = None if eta is None else torch.zeros(len(eta) + 1, eta.shape[1]).double().index_add_(0, row % (len(eta) + 1), each)[:-1]
     return [each + share * each.sum(1, keepdim=True), each.sum(1), of_eta, *(None if v is None else v.grad.abs().sum(0) for v in own)]
 
 
@@ -199,7 +201,7 @@ def test_rows_of_a_sparse_matrix_are_the_same_counts():
 @pytest.mark.parametrize("theta", [1e-3, 0.5, 3.0, 40.0, 1e6])
 @pytest.mark.parametrize("x", [9.0, 40.0, 1e3, 1e6])
 def test_rising_factorials_of_large_counts(theta, x):
-    from perturbprob.measurement.kernel import rising
+    from perturbprob.measurement.elementary import rising
 
     value, slope = rising(theta, x)
     assert value == pytest.approx(gammaln(x + theta) - gammaln(theta) - x * math.log(theta), rel=1e-9, abs=1e-7)
@@ -276,7 +278,7 @@ def test_it_says_once_that_it_compiles_and_never_at_import(monkeypatch, capsys):
 def test_a_folder_that_cannot_be_written_to_only_costs_the_cache(monkeypatch):
     import numba
 
-    from perturbprob.measurement import kernel
+    from perturbprob.measurement import elementary
 
     njit = numba.njit
 
@@ -286,4 +288,4 @@ def test_a_folder_that_cannot_be_written_to_only_costs_the_cache(monkeypatch):
         return njit(**options)
 
     monkeypatch.setattr(numba, "njit", unwritable)
-    assert kernel.compiled(lambda x: x + 1)(1) == 2
+    assert elementary.compiled(lambda x: x + 1)(1) == 2

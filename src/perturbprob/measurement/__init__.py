@@ -16,7 +16,9 @@ from perturbprob.measurement.distances import (
     sinkhorn,
 )
 from perturbprob.measurement.exact import Exact, ExactLaw
+from perturbprob.measurement.fused import FusedCountLaw
 from perturbprob.measurement.normal import Normal
+from perturbprob.measurement.rate import Rate
 from perturbprob.measurement.stationarity import stationarity_deviation
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Distance",
     "Exact",
     "ExactLaw",
+    "FusedCountLaw",
     "Identity",
     "Log1p",
     "NegativeBinomial",
@@ -38,6 +41,7 @@ __all__ = [
     "OpenWindowHead",
     "Poisson",
     "ProteinHead",
+    "Rate",
     "WindowHead",
     "ZeroInflatedNegativeBinomial",
     "default_bandwidth",

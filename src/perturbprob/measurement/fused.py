@@ -4,7 +4,7 @@ import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, final
 
 import numpy as np
 import pyro.distributions as dist
@@ -15,8 +15,6 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
-
-from perturbprob.measurement.rate import Rate
 
 if TYPE_CHECKING:
     from perturbprob.measurement.counts import CountLaw
@@ -148,7 +146,7 @@ def taken(
 
     ``counts`` are those of the kernel, where they are at hand as rows of a sparse matrix.
     """
-    compiled = kernel()
+    compiled = cast("ModuleType", kernel())
     n_cells, n_genes = given.logits.shape
     rates = _rates(compiled, given)
     law = _law(compiled, given, min(LARGEST_TABLE, max(8, n_cells // 8)))
@@ -157,7 +155,7 @@ def taken(
     cut = np.linspace(0, n_cells, n_threads + 1).astype(int).tolist()
     log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)
     by_logits = np.empty((n_cells if any(wanted) else 0, n_genes), np.float32)
-    by_eta = np.zeros((n_threads, len(given.eta) if wanted[2] else 0, n_genes), np.float32)
+    by_eta = np.zeros((n_threads, len(given.eta) if wanted[2] and given.eta is not None else 0, n_genes), np.float32)
     by_gene = np.zeros((2, n_threads, *law.inverse.shape))
 
     def part(k: int) -> None:
@@ -208,8 +206,10 @@ def _law(compiled: ModuleType, given: _Given, largest: int) -> Any:
     shape = _chunks(compiled, given.logits.shape[1])
     theta, gate = (_filled(value, shape) for value in (given.theta, given.gate))
     inverse = 1 / theta if len(theta) else np.zeros(shape, np.float32)
+    from perturbprob.measurement.elementary import tables
+
     value, slope = np.empty((largest + 1, *shape), np.float32), np.empty((largest + 1, *shape), np.float32)
-    compiled.tables(inverse, value, slope)
+    tables(inverse, value, slope)
     return compiled.Law(theta, inverse, gate, np.log1p(-gate), value, slope)
 
 

@@ -217,9 +217,8 @@ class CellModel(PyroModule):
         """Return the law of the counts, log rate = log ℓ + log share + η^b (eq 15), or of continuous values around z + η^b."""
         depth = cells.log_size_factor + self.log_depth
         eta = self.batch_effect.table(sites, cells.batch, state.z, state.media)
-        softmax = isinstance(self.decoder, Decoder | LogRate)
-        shown = (self.decoder.logits if softmax else self.decoder)(state.z, self.offset(sites, cells.rows))
-        rate = Rate(shown, depth, *eta, softmax=softmax)
+        logits, offset = getattr(self.decoder, "logits", self.decoder), self.offset(sites, cells.rows)  # or log shares themselves
+        rate = Rate(logits(state.z, offset), depth, *eta, softmax=isinstance(self.decoder, Decoder | LogRate))
         return self.law(sites, rate if isinstance(self.measurement, CountHead) else rate.log, cells.standard_error)
 
     def seen_state(self, sites: dict[str, Tensor], cells: Cells) -> dist.Distribution:
