@@ -250,7 +250,8 @@ def test_the_distribution_is_otherwise_that_of_the_counts():
     torch.testing.assert_close(law.mean, single.mean)
     torch.testing.assert_close(law.variance, single.variance)
     assert law.sample(torch.Size((2,))).shape == (2, 6, 70)
-    assert law.expand(torch.Size((2, 6))).log_prob(counts.expand(2, 6, 70)).shape == (2, 6)
+    assert law.expand([6]) is law
+    assert law.expand([2, 6]).log_prob(counts.expand(2, 6, 70)).shape == (2, 6)
     torch.testing.assert_close(law.log_prob(counts), single.log_prob(counts).sum(-1), rtol=1e-4, atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, final
@@ -46,8 +47,10 @@ class FusedCountLaw(TorchDistribution):
         self.base_dist = base_dist
         super().__init__(base_dist.batch_shape[:-1], base_dist.batch_shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> dist.Distribution:
-        """Return the same law over a larger shape."""
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> dist.Distribution:
+        """Return the same law over a larger shape; itself, and one pass, where the shape is its own, as in a plate."""
+        if tuple(batch_shape) == tuple(self.batch_shape):
+            return self
         return self.base_dist.expand(torch.Size(batch_shape) + self.event_shape).to_event(1)
 
     @property
