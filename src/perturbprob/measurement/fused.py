@@ -155,7 +155,7 @@ def taken(
     law = _law(compiled, given, min(LARGEST_TABLE, max(8, n_cells // 8)))
     counts = counts or compiled.Counts(_array(given.counts), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
     n_threads = max(1, min(torch.get_num_threads(), n_cells * n_genes // WORTH_A_THREAD))
-    cut = np.linspace(0, n_cells, n_threads + 1).astype(int).tolist()
+    cut = [k * n_cells // n_threads for k in range(n_threads + 1)]
     log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)
     by_logits = np.empty((n_cells if any(wanted) else 0, n_genes), np.float32)
     by_eta = np.zeros((n_threads, len(given.eta) if wanted[2] and given.eta is not None else 0, n_genes), np.float32)

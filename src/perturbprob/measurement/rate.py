@@ -32,6 +32,8 @@ class Rate:
     @property
     def shape(self) -> torch.Size:
         """The shape of the log rate."""
+        if self.logits.shape[:-1] == self.log_depth.shape and (self.eta is None or (self.row is not None and self.eta.ndim == 2)):
+            return self.logits.shape  # as in a minibatch; to broadcast shapes takes longer than one would think
         parts = [self.logits.shape, (*self.log_depth.shape, 1)]
         if self.eta is not None:
             parts.append(self.eta.shape if self.row is None else (*self.eta.shape[:-2], *self.row.shape, self.eta.shape[-1]))
