@@ -24,7 +24,7 @@ checks_all_calls = jaxtyping.jaxtyped
 
 
 def checks_first_calls(fn: Any = None, *, typechecker: Any = None) -> Any:
-    """Decorate as `jaxtyping.jaxtyped` does, which makes its checks when they are first needed, and not again for functions in functions."""
+    """Decorate as `jaxtyping.jaxtyped` does, and make the checks of a function when it is first called."""
     if fn is None:
         return partial(checks_first_calls, typechecker=typechecker)
     if not isinstance(fn, FunctionType):
