@@ -204,7 +204,13 @@ def nodes(screen: pb.Screen, seeds: int = 2, steps: int = 600) -> dict[str, floa
     names, found = screen.perturbations, dict[str, list[float]]()
     for split, hidden in [("S1", list(MOVING)), ("S2", names[::2]), ("S2", names[1::2])]:
         study = pb.proof_of_principle(
-            screen, hidden, starts=("control",), losses=("eq5", "eq5, decay", "eq5, known errors"), seeds=seeds, steps=steps, progress=False
+            screen,
+            perturbations=hidden,
+            starts=("control",),
+            losses=("eq5", "eq5, decay", "eq5, known errors"),
+            seeds=seeds,
+            steps=steps,
+            progress=False,
         )
         for row in study.chosen.itertuples():
             found.setdefault(f"{split} {row.loss}", []).extend([row.mse_mean] * len(hidden))
@@ -325,7 +331,7 @@ def main() -> None:
             print(json.dumps({name: study(options.others / f"{name}.h5ad")}), flush=True)
         return
     found = dict(zip(parts, Parallel(n_jobs=2)(delayed(table)(part) for part in parts.values()), strict=True))
-    found["validation"] = [validation(part) for part in (*parts["S1"], *parts["S2"])]
+    found["validation"] = Parallel(n_jobs=2)(delayed(validation)(part) for part in (*parts["S1"], *parts["S2"]))
     found["chosen"] = chosen(parts["S2"], found["validation"][1:])
     if options.nodes:
         found["nodes"] = nodes(screen)

@@ -1,9 +1,12 @@
 """What every test shares: shapes and types checked at run time, and the study data."""
 
-import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -14,6 +17,35 @@ import torch
 CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
     is_pep484_tower=True, hint_overrides=beartype.FrozenDict({__import__("typing").Self: object})
 ))"""
+ENOUGH = 10
+"""How many calls of a function are checked in a test: a training makes thousands, all alike."""
+CALLS: Counter[CodeType] = Counter()
+checks_all_calls = jaxtyping.jaxtyped
+
+
+def checks_first_calls(fn: Any = None, *, typechecker: Any = None) -> Any:
+    """Decorate as `jaxtyping.jaxtyped` does, and make the checks of a function when it is first called."""
+    if fn is None:
+        return partial(checks_first_calls, typechecker=typechecker)
+    if not isinstance(fn, FunctionType):
+        return checks_all_calls(fn, typechecker=typechecker)
+    if CALLS[fn.__code__] >= ENOUGH:
+        return fn
+    checked = None
+
+    @wraps(fn)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
+        if jaxtyping.config.jaxtyping_disable or CALLS[fn.__code__] >= ENOUGH:
+            return fn(*args, **kwargs)
+        CALLS[fn.__code__] += 1
+        checked = checked or checks_all_calls(fn, typechecker=typechecker)
+        return checked(*args, **kwargs)
+
+    return called
+
+
+jaxtyping.jaxtyped = checks_first_calls
 jaxtyping.install_import_hook("perturbprob", CHECKER)
 
 # many small operations: a second thread costs more than it brings, and on a busy machine much more; notebooks run in processes of their own
@@ -23,33 +55,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Train without the checker, which takes a quarter of the time, in slow tests: others call the same functions."""
-    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
-    try:
-        return (yield)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _later_epochs_unchecked() -> Iterator[None]:
-    """Check annotations in the first two epochs of a training alone: later ones call the same functions."""
-    training = importlib.import_module("perturbprob.inference.fit")._Training
-    epoch = training._epoch
-
-    def shortened(self: object, *args: object) -> object:
-        before = jaxtyping.config.jaxtyping_disable
-        jaxtyping.config.update("jaxtyping_disable", before or len(self.losses["train"]) > 1)
-        try:
-            return epoch(self, *args)
-        finally:
-            jaxtyping.config.update("jaxtyping_disable", before)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_epoch", shortened)
-        yield
+@pytest.fixture(autouse=True)
+def _checked_afresh() -> None:
+    """Count the checked calls of each function from 0 in every test."""
+    CALLS.clear()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def parts() -> tuple[pb.Screen, pb.Screen]:
 @pytest.fixture(scope="module")
 def fit(parts: tuple[pb.Screen, pb.Screen]) -> pb.Fit:
     """A short fit."""
-    return pb.fit(pb.node(parts[0]), parts[0], epochs=30, warmup=10, progress=False)
+    return pb.fit(pb.node(parts[0]), parts[0], epochs=30, minibatch=256, learning_rate=1e-2, warmup=10, progress=False)
 
 
 def test_held_out_cells_are_more_probable_than_under_the_baselines(fit: pb.Fit, parts: tuple[pb.Screen, pb.Screen]) -> None:

@@ -1,10 +1,16 @@
-"""A screen that tests of splits share."""
+"""Screens that tests of splits share."""
 
 import pandas as pd
 import pytest
 from anndata import AnnData
 
 import perturbprob as pb
+
+
+@pytest.fixture(scope="session")
+def screen() -> pb.Screen:
+    """A fifth of the embedded screen."""
+    return pb.datasets.ishikawa2023()[::5]
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,6 @@ from perturbprob.experiment.split import Split, folds, hold_out_cells, hold_out_
 
 
 @pytest.fixture(scope="module")
-def screen() -> pb.Screen:
-    return pb.datasets.ishikawa2023()[::5]
-
-
-@pytest.fixture(scope="module")
 def parts(screen: pb.Screen) -> list[Split]:
     return list(folds(lambda names: hold_out_time(screen, 5, names), screen.perturbations, 4))
 

@@ -21,11 +21,6 @@ from perturbprob.experiment.split import (
 )
 
 
-@pytest.fixture(scope="module")
-def screen() -> pb.Screen:
-    return pb.datasets.ishikawa2023()[::5]
-
-
 def test_the_proof_of_a_time_says_on_which_side_training_shows_the_perturbation(screen: pb.Screen) -> None:
     last = {t: hold_out_time(screen, t, "NANOG").proof().splitlines()[-1] for t in (2, 3, 5)}
     assert last[2] == "Extrapolated, before the first time of the perturbation in training: Knockout('NANOG') >> Wait(2)."

@@ -18,12 +18,6 @@ from perturbprob.experiment.split import (
     hold_out_time,
 )
 
-
-@pytest.fixture(scope="module")
-def screen() -> pb.Screen:
-    return pb.datasets.ishikawa2023()[::5]
-
-
 SPLITS: list[Callable[[pb.Screen], Split]] = [
     lambda screen: hold_out_time(screen, 5),
     lambda screen: hold_out_time(screen, 3, ["NANOG", "SOX2"]),

@@ -56,7 +56,7 @@ def test_it_beats_the_shift_of_the_population() -> None:
     screen = simulation.screen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit = pb.fit(pb.node(screen, 4), screen, epochs=40, progress=False)
+        fit = pb.fit(pb.node(screen, 4), screen, epochs=40, minibatch=64, learning_rate=1e-2, progress=False)
     controls, errors = screen[screen.cells_of("control")], []
     for target in (p for p in screen.conditions if p.perturbations):
         truth = simulation.log_rate(target).sel(cell=list(controls.cells))

@@ -193,7 +193,7 @@ def test_shares_are_near_those_of_the_simulation(true_variance: Callable[[Simula
     screen = pb.Screen.from_anndata(
         simulation.adata, media="media", time="time", batch="batch", size_factor=simulation.truth["size_factor"].values
     )
-    fit = pb.fit(pb.node(screen, 4), screen, epochs=50, minibatch=128, progress=False)
+    fit = pb.fit(pb.node(screen, 4), screen, epochs=50, minibatch=256, learning_rate=1e-2, progress=False)
     table = pb.decompose_batches(fit, n_draws=20, n_states=64, interactions=[], progress=False).table
     truth = true_variance(simulation).sum(1)
     assert np.allclose(table["overall"], truth / truth.sum(), atol=0.03)
@@ -207,7 +207,7 @@ def test_spare_latent_dimensions_do_not_take_the_noise_of_single_genes(true_vari
     simulation = pb.simulate(
         n_cells=1200, n_genes=20, n_perturbations=2, n_batches=2, times=(1.0,), heterogeneity=0.5, dispersion=2.0, seed=1
     )
-    fit = pb.fit(pb.node(simulation.screen, 5), simulation.screen, epochs=40, progress=False)
+    fit = pb.fit(pb.node(simulation.screen, 5), simulation.screen, epochs=40, minibatch=64, learning_rate=1e-2, progress=False)
     table = pb.decompose_batches(fit, n_draws=20, n_states=64, interactions=[], progress=False).table
     truth = true_variance(simulation).sum(1)
     assert float(table["overall"].sel(source="state")) == pytest.approx(truth[0] / truth.sum(), abs=0.03)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountLaw, sample_dispersion
 from perturbprob.measurement.decoder import normal_points
+from perturbprob.measurement.log_normal import LogNormal
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class AssayHead(nn.Module, ABC):
         with _Prefixed(self.name):
             sites = self.batch_effect() | self.own()
             if len(self.gene):
-                law = dist.LogNormal(torch.full_like(self.average, -0.7), 0.7)
+                law = LogNormal(torch.full_like(self.average, -0.7), 0.7)
                 sites["coupling"] = pyro.sample("coupling", law.to_event(1))
         return {f"{self.name}_{site}": value for site, value in sites.items()}
 
@@ -233,7 +234,7 @@ class AssayHead(nn.Module, ABC):
 
     def _level(self, share: float = 1.0) -> Float[Tensor, " feature"]:
         """Sample the level of each feature around a share of its average count."""
-        return pyro.sample("level", dist.LogNormal((share * self.level).log(), 1.0).to_event(1))
+        return pyro.sample("level", LogNormal((share * self.level).log(), 1.0).to_event(1))
 
 
 @final
@@ -248,7 +249,7 @@ class ProteinHead(AssayHead):
 
     def own(self) -> dict[str, Tensor]:
         """Sample level, dispersion, background and its weight."""
-        background = pyro.sample("background", dist.LogNormal((0.5 * self.level).log(), 1.0).to_event(1))
+        background = pyro.sample("background", LogNormal((0.5 * self.level).log(), 1.0).to_event(1))
         weight = dist.TransformedDistribution(dist.Normal(torch.zeros_like(self.level), 1.5), [dist.transforms.SigmoidTransform()])
         sites = {"background": background, "background_weight": pyro.sample("background_weight", weight.to_event(1))}
         return sites | {"level": self._level(0.5)} | {"dispersion": sample_dispersion(torch.zeros_like(self.level))}

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from perturbprob.measurement.log_normal import LogNormal
 from perturbprob.measurement.rate import rows
 
 FEWEST_FOR_COVARIATES = 8
@@ -104,8 +105,8 @@ class BatchEffect(PyroModule):
         """
         if self.n_batches == 1:
             return {"batch_effect": torch.zeros_like(self.share)[None]}
-        overall = pyro.sample("batch_scale_overall", dist.LogNormal(self._log(0.1), 1.0))
-        scale = pyro.sample("batch_scale", dist.LogNormal(overall.log() + torch.zeros_like(self.share), 0.5).to_event(1))
+        overall = pyro.sample("batch_scale_overall", LogNormal(self._log(0.1), 1.0))
+        scale = pyro.sample("batch_scale", LogNormal(overall.log() + torch.zeros_like(self.share), 0.5).to_event(1))
         law = dist.Normal(self._expected(), scale * self._ratio()[:, None])
         effect = self.effect(pyro.sample("batch_coordinate", law.to_event(2)))
         parts = {"batch_effect": pyro.deterministic("batch_effect", effect, event_dim=2)}
@@ -121,7 +122,7 @@ class BatchEffect(PyroModule):
         if self.covariates is None:
             return zero
         n = self.covariates.shape[1]
-        scale = pyro.sample("batch_covariate_scale", dist.LogNormal(self._log(0.1).expand(n), 1.0).to_event(1))
+        scale = pyro.sample("batch_covariate_scale", LogNormal(self._log(0.1).expand(n), 1.0).to_event(1))
         law = dist.Normal(self.share.new_zeros(n, self.n_genes), scale[:, None])
         slope = self.centred(pyro.sample("batch_covariate_coordinate", law.to_event(2)))
         slope = pyro.deterministic("batch_covariate_effect", slope, event_dim=2)
@@ -131,29 +132,29 @@ class BatchEffect(PyroModule):
         """Return how much wider the columns between screens are than those within."""
         if not self.between.any() or bool(self.between.all()):
             return torch.ones_like(self.between)
-        ratio = pyro.sample("batch_screen_ratio", dist.LogNormal(self._log(2.0), 0.7))
+        ratio = pyro.sample("batch_screen_ratio", LogNormal(self._log(2.0), 0.7))
         return torch.where(self.between > 0, ratio, torch.ones_like(ratio))
 
     def _by_media(self) -> dict[str, Tensor]:
         """Sample how much further each media moves each batch, with a scale per gene."""
         if not self.n_media:
             return {}
-        overall = pyro.sample("batch_media_scale_overall", dist.LogNormal(self._log(0.1), 1.0))
-        scale = pyro.sample("batch_media_scale", dist.LogNormal(overall.log() + torch.zeros_like(self.share), 0.5).to_event(1))
+        overall = pyro.sample("batch_media_scale_overall", LogNormal(self._log(0.1), 1.0))
+        scale = pyro.sample("batch_media_scale", LogNormal(overall.log() + torch.zeros_like(self.share), 0.5).to_event(1))
         zero = self.share.new_zeros(self.n_media, self.n_batches - 1, self.n_genes)
         effect = self.effect(pyro.sample("batch_media_coordinate", dist.Normal(zero, scale).to_event(3)))
-        return self._withrows("batch_media_effect", effect)
+        return self._with_rows("batch_media_effect", effect)
 
     def _by_state(self) -> dict[str, Tensor]:
         """Sample how much each latent axis changes each batch effect, with a scale per axis."""
         if not self.n_latent:
             return {}
-        scale = pyro.sample("batch_state_scale", dist.LogNormal(self._log(0.03).expand(self.n_latent), 1.0).to_event(1))
+        scale = pyro.sample("batch_state_scale", LogNormal(self._log(0.03).expand(self.n_latent), 1.0).to_event(1))
         zero = self.share.new_zeros(self.n_latent, self.n_batches - 1, self.n_genes)
         effect = self.effect(pyro.sample("batch_state_coordinate", dist.Normal(zero, scale[:, None, None]).to_event(3)))
-        return self._withrows("batch_state_effect", effect)
+        return self._with_rows("batch_state_effect", effect)
 
-    def _withrows(self, name: str, effect: Float[Tensor, "of batch gene"]) -> dict[str, Tensor]:
+    def _with_rows(self, name: str, effect: Float[Tensor, "of batch gene"]) -> dict[str, Tensor]:
         """Name a part of η; a batch adapted to later has none of it."""
         return {name: torch.nn.functional.pad(pyro.deterministic(name, effect, event_dim=3), (0, 0, 0, self.adapted))}
 

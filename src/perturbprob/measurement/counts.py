@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from perturbprob.measurement.log_normal import LogNormal
 from perturbprob.measurement.rate import Rate
 
 GATE_PRIOR = 0.01
@@ -195,9 +196,9 @@ def sample_dispersion(zero: Float[Tensor, " gene"]) -> Float[Tensor, " gene"]:
 
     Counts of a gene with hardly one a cell do not tell overdispersion from a state; what genes have in common does.
     """
-    overall = pyro.sample("dispersion_overall", dist.LogNormal(zero.new_tensor(1.0), 1.0))
-    spread = pyro.sample("dispersion_spread", dist.LogNormal(zero.new_tensor(-0.4), 0.5))
-    return pyro.sample("dispersion", dist.LogNormal(overall.log() + zero, spread).to_event(1))
+    overall = pyro.sample("dispersion_overall", LogNormal(zero.new_tensor(1.0), 1.0))
+    spread = pyro.sample("dispersion_spread", LogNormal(zero.new_tensor(-0.4), 0.5))
+    return pyro.sample("dispersion", LogNormal(overall.log() + zero, spread).to_event(1))
 
 
 class CountHead(nn.Module, ABC):

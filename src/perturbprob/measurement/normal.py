@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from perturbprob.measurement.log_normal import LogNormal
+
 
 @final
 class Normal(nn.Module):
@@ -30,7 +32,7 @@ class Normal(nn.Module):
         """Sample the learnt noise of each gene."""
         if not self.learnt:
             return {}
-        return {"noise": pyro.sample("noise", dist.LogNormal(self.zero - 2.3, 1.0).to_event(1))}
+        return {"noise": pyro.sample("noise", LogNormal(self.zero - 2.3, 1.0).to_event(1))}
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from perturbprob.experiment.action import Action, Media, Protocol, Wait
+from perturbprob.measurement.log_normal import LogNormal
 
 Term = tuple[str, ...]
 """The part of a condition that an effect belongs to: a perturbation, a media, or several of them together."""
@@ -149,18 +150,18 @@ class ConditionEffect(PyroModule):
             return {f"{self.prefix}_effect": self.gap.new_zeros(0, self.n_genes)}
         zero, genes = self.gap.new_zeros(len(self.terms)), self.gap.new_zeros(self.n_genes)
         laws = {
-            "scale": dist.LogNormal(zero - 3.0, 1.0).to_event(1),
-            "gene_scale": dist.LogNormal(genes, 0.5).to_event(1),
+            "scale": LogNormal(zero - 3.0, 1.0).to_event(1),
+            "gene_scale": LogNormal(genes, 0.5).to_event(1),
             "memory": self._memory(),
-            "local_scale": dist.LogNormal(zero[:, None] + genes, 1.0).to_event(2),
+            "local_scale": LogNormal(zero[:, None] + genes, 1.0).to_event(2),
         }
         sites = {(name := f"{self.prefix}_{part}"): pyro.sample(name, law) for part, law in laws.items()}
         return sites | {(name := f"{self.prefix}_effect"): pyro.sample(name, self.law(sites))}
 
-    def _memory(self) -> dist.LogNormal:
+    def _memory(self) -> LogNormal:
         """Return the prior of the memory: wide around a median wait, or narrow around what was given."""
         known = self.given_memory
-        return dist.LogNormal(self.gap.new_tensor(0.0 if known is None else math.log(known)), 0.5 if known is None else 0.1)
+        return LogNormal(self.gap.new_tensor(0.0 if known is None else math.log(known)), 0.5 if known is None else 0.1)
 
     def law(self, sites: dict[str, Tensor]) -> FromRest:
         """Return the prior of all paths given their scales and memory."""

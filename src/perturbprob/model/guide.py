@@ -16,10 +16,12 @@ from torch.nn.functional import softplus
 
 from perturbprob.experiment.moments import membership
 from perturbprob.experiment.vocabulary import Segment
+from perturbprob.measurement.log_normal import LogNormal
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import FromRest
 from perturbprob.model.overdispersion import Overdispersion
+from perturbprob.model.pushed_normal import PushedNormal
 from perturbprob.model.start import batch_start
 
 if TYPE_CHECKING:
@@ -204,13 +206,11 @@ class Guide(PyroModule):
     def globals(self) -> None:
         """Sample every global site."""
         for name in self.independent:
-            normal = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale").exp())
-            law = dist.TransformedDistribution(normal, [self.transform(name)])
-            pyro.sample(name, law.to_event(len(law.batch_shape)))
+            pyro.sample(name, PushedNormal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale"), self.transform(name)))
         moved = self._block() if self.blocked else None
         if len(self.node_design):
             loc = self.condition_loc - torch.sigmoid(self.condition_weight) * (self.node_design @ moved)
-            pyro.sample(CONDITIONS, dist.Normal(loc, self.condition_log_scale.exp()).to_event(2))
+            pyro.sample(CONDITIONS, PushedNormal(loc, self.condition_log_scale))
 
     def centre(self) -> dict[str, Tensor]:
         """Return the centre of the law of every global site: medians, and means of the normal ones."""
@@ -221,12 +221,7 @@ class Guide(PyroModule):
 
     def _block(self) -> Float[Tensor, "block gene"]:
         """Sample bias and batch effects of each gene together; return how far they are from their means."""
-        scale = self.block_log_scale.exp()
-        if self.block_lower is None:
-            law = dist.Normal(self.block_loc, scale).to_event(2)
-        else:
-            tril = torch.tril(self.block_lower, -1) * scale[:, :, None] + torch.diag_embed(scale)
-            law = dist.MultivariateNormal(self.block_loc, scale_tril=tril).to_event(1)
+        law = PushedNormal(self.block_loc, self.block_log_scale, lower=self.block_lower)
         block = pyro.sample("gene_block", law, infer={"is_auxiliary": True})
         for name, value in self._unblocked(block).items():
             pyro.sample(name, dist.Delta(value, event_dim=value.ndim))
@@ -353,6 +348,8 @@ def _middle(site: dict) -> Tensor:
         law = law.base_dist
     if isinstance(law, torch.distributions.Beta):
         return law.mean.detach()
+    if isinstance(law, LogNormal):
+        return law.median.detach()
     if isinstance(law, torch.distributions.TransformedDistribution):
         value = law.base_dist.mean
         for transform in law.transforms:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perturbprob.dynamics.transition import Effects
 from perturbprob.experiment.vocabulary import Vocabulary
+from perturbprob.measurement.log_normal import LogNormal
 
 TEMPERATURE = 0.2
 """How far gates are from being 0 or 1: at 0.2 a gate of even odds is outside 0.2 to 0.8 with probability 0.86."""
@@ -40,7 +41,7 @@ class MarkEffect(PyroModule):
         sites: dict[str, Tensor] = {}
         for kind, n in self.numbers.items():
             if n:
-                scale = pyro.sample(f"{kind}_scale", dist.LogNormal(self.zero.expand(n) - 0.7, 0.7).to_event(1))
+                scale = pyro.sample(f"{kind}_scale", LogNormal(self.zero.expand(n) - 0.7, 0.7).to_event(1))
                 sites |= self.effects(kind, scale[:, None].expand(-1, self.n_latent))
         return sites
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perturbprob.dynamics.causal_context import NetworkEffects
 from perturbprob.experiment.vocabulary import Vocabulary
+from perturbprob.measurement.log_normal import LogNormal
 from perturbprob.model.mark_effect import MarkEffect, sample_gate
 
 
@@ -32,7 +33,7 @@ class GatedNetwork(PyroModule):
         """Sample gates, slabs and their product."""
         share = pyro.sample("edge_inclusion", dist.Beta(self.zero + 1.0, self.zero + 9.0))
         gate = sample_gate("edge_gate_logit", share, self.others.shape)
-        scale = pyro.sample("edge_scale", dist.LogNormal(self.zero - 0.7, 0.7))
+        scale = pyro.sample("edge_scale", LogNormal(self.zero - 0.7, 0.7))
         slab = pyro.sample("edge_slab", dist.Normal(torch.zeros_like(self.others), scale).to_event(2))
         found = {"edge_gate": gate * self.others, "network": gate * slab * self.others}
         return {name: pyro.deterministic(name, value, event_dim=2) for name, value in found.items()}
@@ -91,7 +92,7 @@ class NetworkEffect(MarkEffect):
             return {"media_effect": pyro.sample("media_effect", dist.Normal(torch.zeros_like(scale), scale).to_event(2))}
         found = {"perturbation_own": pyro.sample("perturbation_own", dist.Normal(torch.zeros_like(scale[:, 0]), scale[:, 0]).to_event(1))}
         two = self.zero + 2.0
-        laws = {"interference": ("↓", dist.Beta(two, two)), "activation": ("↑", dist.LogNormal(self.zero, 0.7))}
+        laws = {"interference": ("↓", dist.Beta(two, two)), "activation": ("↑", LogNormal(self.zero, 0.7))}
         for name, (symbol, law) in laws.items():
             if n := len(self.rows[symbol]):
                 site = f"{name}_strength"

@@ -14,6 +14,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
+from perturbprob.measurement.log_normal import LogNormal
 
 MOST_EDITS = 4
 """A cell with so many edited genes may be in 2⁴ states; more are refused."""
@@ -81,7 +82,7 @@ class Penetrance(PyroModule):
         two, one = (self.zero.expand(self.n_perturbations) + k for k in (2.0, 1.0))
         sites = {"penetrance": pyro.sample("penetrance", dist.Beta(two, one).to_event(1))}
         if len(self.behind):
-            kappa = pyro.sample("penetrance_concentration", dist.LogNormal(self.zero + math.log(10), 0.7))
+            kappa = pyro.sample("penetrance_concentration", LogNormal(self.zero + math.log(10), 0.7))
             mean = sites["penetrance"].clamp(1e-3, 1 - 1e-3)[self.behind]
             sites["sgrna_penetrance"] = pyro.sample("sgrna_penetrance", dist.Beta(kappa * mean, kappa * (1 - mean)).to_event(1))
         return sites

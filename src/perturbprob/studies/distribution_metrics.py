@@ -47,12 +47,12 @@ def coverage(
 def crps(
     points: Float[np.ndarray, "draw condition gene"], observed: Float[np.ndarray, "condition gene"]
 ) -> Float[np.ndarray, " condition"]:
-    """Return the continuous ranked probability score of independent draws, the mean over genes: E|X − y| − ½ E|X − X'|.
+    """Return the continuous ranked probability score of independent draws, the mean over genes: E abs(X − y) − ½ E abs(X − X').
 
     In the units of the values; of a single certain value it is the absolute error, and less is better. The fair estimate of Ferro (2014)
     from n draws: pairs of a draw with itself are left out,
 
-        ½ E|X − X'| = Σ_{i<j} |x_i − x_j| / (n (n − 1)) = Σ_i (2 i − n − 1) x_(i) / (n (n − 1)),    x_(1) ≤ … ≤ x_(n),
+        ½ E abs(X − X') = Σ_{i<j} abs(x_i − x_j) / (n (n − 1)) = Σ_i (2 i − n − 1) x_(i) / (n (n − 1)),    x_(1) ≤ … ≤ x_(n),
 
     so the score does not depend on n on average, and may be negative for one gene. Points that are spread evenly over quantiles are not
     independent draws, and score too well by it. One draw has none (NaN).

@@ -55,7 +55,7 @@ def rest_weights(
 
     With y the observed means, v the squares of their standard errors (variance over cells / cells) and K conditions,
 
-        t_kg = |y_kg − Σ_{j≠k} y_jg / (K − 1)| / √(v_kg + Σ_{j≠k} v_jg / (K − 1)²),    w_kg ∝ ((t_kg − min t_k) / (max t_k − min t_k))².
+        t_kg = abs(y_kg − Σ_{j≠k} y_jg / (K − 1)) / √(v_kg + Σ_{j≠k} v_jg / (K − 1)²),    w_kg ∝ ((t_kg − min t_k) / (max t_k − min t_k))².
 
     With ``weighted_error`` this is the "weighted MSE against the rest" of Mejia et al. (2025, arXiv:2506.22641), by which the mean of all
     perturbations is no good prediction. Their t is scanpy's ``t-test_overestim_var`` against the cells of all other perturbations; here
@@ -174,7 +174,7 @@ def overlap_at_n(
 ) -> Float[np.ndarray, " condition"]:
     """Return the share of the n genes of largest absolute observed score that are among the n of largest absolute predicted change.
 
-        overlap = |top_n |t| ∩ top_n |Δ̂|| / n
+        overlap = #(top_n(abs(t)) ∩ top_n(abs(Δ̂))) / n
 
     ``observed_score`` is the t of ``differential_genes`` and n how many genes it finds in a condition, or one number for all: overlap@N
     of cell-eval (Arc Institute, 2025), which ranks both sides by fold change and predicted genes by a test of predicted cells; here no
