@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.special import digamma, gammaln
 
+import perturbprob as pb
 from perturbprob.measurement import fused
 from perturbprob.measurement.counts import CountLaw, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from perturbprob.measurement.fused import FusedCountLaw
@@ -290,3 +291,21 @@ def test_a_folder_that_cannot_be_written_to_only_costs_the_cache(monkeypatch):
 
     monkeypatch.setattr(numba, "njit", unwritable)
     assert elementary.compiled(lambda x: x + 1)(1) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measurement", ["poisson", "negative_binomial", "zero_inflated_negative_binomial"])
+def test_a_fit_goes_the_same_way_by_either_path(monkeypatch, measurement):
+    screen = pb.simulate(n_cells=200, n_genes=12, n_batches=2, seed=0)
+    screen = getattr(screen, "screen", screen)
+
+    def losses():
+        model = pb.vae(screen, n_latent=2, n_hidden=8, measurement=measurement)
+        return pb.fit(model, screen, epochs=3, seed=0, progress=False).losses
+
+    one_pass = losses()
+    monkeypatch.setattr(fused, "kernel", lambda: None)
+    in_torch = losses()
+    assert one_pass["train"] == pytest.approx(in_torch["train"], rel=1e-4)
+    assert one_pass["validation"] == pytest.approx(in_torch["validation"], rel=1e-4)
+    assert one_pass["train"] != in_torch["train"]  # the two paths were taken
