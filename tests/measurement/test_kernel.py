@@ -214,7 +214,7 @@ def test_rising_factorials_of_large_counts(theta, x):
 def test_what_is_no_count_is_refused(wrong, zero):
     values, row, counts = parts("negative_binomial", zero=zero)
     counts[4, 7] = wrong
-    with pytest.raises(ValueError, match=r"whole numbers from 0 to 2\^31 - 1; that of cell 4, gene 7 is .*raw counts"):
+    with pytest.raises(fused.NoCount, match=r"whole numbers from 0 to 2\^31 - 1; that of cell 4, gene 7 is .*raw counts"):
         gradients(values, row, counts)
 
 

@@ -27,6 +27,8 @@ from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.draws import bar
 from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
 from perturbprob.inference.verdict import verdict
+from perturbprob.measurement.counts import CountLaw
+from perturbprob.measurement.fused import NoCount, no_count
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
 from perturbprob.model.guide import Guide, node_design
@@ -272,7 +274,10 @@ class _Training:
         self.guide.hold(held=self._warmth() < 1)
         for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
             cells = self.table.unfolded(index, len(self.training), self._warmth())
-            loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
+            try:
+                loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
+            except NoCount:
+                raise NonFiniteLoss(self._blame(cells, index), self._fit(self.elbo)) from None
             optimiser.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
@@ -319,7 +324,7 @@ class _Training:
         model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
         bad = [n for t in (guide, model) for n, s in t.nodes.items() if s["type"] == "sample" and not _finite(s)]
         law = model.nodes["counts"]["fn"].base_dist
-        wrong = ~torch.isfinite(law.log_prob(cells.counts))
+        wrong = ~torch.isfinite(law.log_prob(cells.counts)) | (no_count(cells.counts) if isinstance(law, CountLaw) else False)
         worst = index[wrong.any(-1).cpu()] if wrong.any() else index[cells.counts.sum(-1).topk(min(3, len(index))).indices.cpu()]
         genes = [self.screen.genes[int(g)] for g in torch.where(wrong.any(0))[0][:3]] or ["none by itself"]
         where = sorted({self.screen.batches[b] for b in self.screen.batch[worst.numpy()]})
@@ -356,7 +361,10 @@ class _Training:
 
 def _finite(site: dict[str, Any]) -> bool:
     """Say whether a site's value and log-density are finite."""
-    log_prob = site["fn"].log_prob(site["value"])
+    try:
+        log_prob = site["fn"].log_prob(site["value"])
+    except NoCount:
+        return False
     return bool(torch.isfinite(site["value"]).all() and torch.isfinite(log_prob).all())
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, final
 import numpy as np
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
@@ -26,12 +26,16 @@ WORTH_A_THREAD = 200_000
 """So many counts are worth a thread of their own."""
 
 
+class NoCount(ArithmeticError):
+    """A value is no count; the message says where. Not a ValueError, which Pyro would raise again with its own trace behind the message."""
+
+
 @final
 class FusedCountLaw(TorchDistribution):
     """A `CountLaw` over the genes of each cell whose log density and gradients come from one compiled pass.
 
     It is what ``CountLaw(...).to_event(1)`` returns where the pass can be taken (`fits`), and the same law: only `log_prob` differs, by
-    the rounding of single precision. Counts that are none (NaN, negative, not whole, 2^31 or more) raise a ValueError.
+    the rounding of single precision. Counts that are none (NaN, negative, not whole, 2^31 or more) raise `NoCount`.
 
     >>> from perturbprob.measurement.counts import CountLaw
     >>> law = CountLaw(torch.zeros(2, 3), torch.ones(3)).to_event(1)
@@ -177,12 +181,17 @@ def taken(
     return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
 
 
+def no_count(values: Float[Tensor, "*plate"]) -> Bool[Tensor, "*plate"]:
+    """Say which values are no counts: NaN, negative, not whole, or 2^31 or more."""
+    return ~((values >= 0) & (values < 2.0**31) & (values == values.floor()))
+
+
 def refuse_what_is_no_count(counts: Float[Tensor, "cell gene"]) -> None:
-    """Raise a ValueError if any value is NaN, negative, not whole, or 2^31 or more."""
-    wrong = ~((counts >= 0) & (counts < 2.0**31) & (counts == counts.floor()))
+    """Raise `NoCount` if any value is none."""
+    wrong = no_count(counts)
     if wrong.any():
         cell, gene = wrong.nonzero()[0].tolist()
-        raise ValueError(
+        raise NoCount(
             f"Counts must be whole numbers from 0 to 2^31 - 1; that of cell {cell}, gene {gene} is {float(counts[cell, gene]):g} "
             f"({int(wrong.sum())} of {wrong.numel()} are none). Take raw counts, or model these values as continuous."
         )
