@@ -60,10 +60,10 @@ class LogNormal(TorchDistribution):
         log = value.log()
         return -0.5 * ((log - self.loc) / self.scale).square() - log - self.scale.log() - 0.5 * math.log(2 * math.pi)
 
-    def cdf(self, value: Float[Tensor, "*draw_site"]) -> Float[Tensor, "*draw_site"]:
+    def cdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the probability of no more than x."""
         return torch.special.ndtr((value.log() - self.loc) / self.scale)
 
-    def icdf(self, value: Float[Tensor, "*draw_site"]) -> Float[Tensor, "*draw_site"]:
+    def icdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the x that is not passed with a probability."""
         return (self.loc + self.scale * torch.special.ndtri(value)).exp()
