@@ -14,6 +14,8 @@ def test_it_is_the_law_of_torch(loc, scale):
     torch.testing.assert_close(law.mean, reference.mean)
     torch.testing.assert_close(law.variance, reference.variance)
     torch.testing.assert_close(law.median, reference.base_dist.mean.exp())
+    torch.testing.assert_close(law.cdf(x), reference.cdf(x))
+    torch.testing.assert_close(law.icdf(torch.tensor(0.3)), reference.icdf(torch.tensor(0.3)))
     torch.manual_seed(3)
     drawn = law.rsample((4,))
     torch.manual_seed(3)

@@ -224,9 +224,9 @@ def test_a_given_memory_is_a_narrow_prior_and_leaves_the_paths_alone() -> None:
     free, given = (
         pyro.poutine.trace(ConditionEffect(NODES, 2, memory=memory)).get_trace().nodes["condition_memory"]["fn"] for memory in (None, 4.0)
     )
-    assert free.base_dist.loc == 0
-    assert free.base_dist.scale == 0.5
-    np.testing.assert_allclose([given.base_dist.loc, given.base_dist.scale], [np.log(4.0), 0.1], rtol=1e-6)
+    assert free.loc == 0
+    assert free.scale == 0.5
+    np.testing.assert_allclose([given.loc, given.scale], [np.log(4.0), 0.1], rtol=1e-6)
 
 
 def test_effects_of_a_longer_memory_are_nearer_to_what_they_were() -> None:

@@ -1,6 +1,7 @@
 """The prior of scales: positive, its logarithm normal."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -31,7 +32,7 @@ class LogNormal(TorchDistribution):
         self.loc, self.scale = broadcast_all(loc, scale)
         super().__init__(self.loc.shape, validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "LogNormal":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "LogNormal":
         """Return the same law over a larger shape."""
         return LogNormal(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
 
@@ -59,3 +60,11 @@ class LogNormal(TorchDistribution):
         """Return the log density of each x."""
         log = value.log()
         return -0.5 * ((log - self.loc) / self.scale).square() - log - self.scale.log() - 0.5 * math.log(2 * math.pi)
+
+    def cdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the probability of no more than x."""
+        return torch.special.ndtr((value.log() - self.loc) / self.scale)
+
+    def icdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the x that is not passed with a probability."""
+        return (self.loc + self.scale * torch.special.ndtri(value)).exp()

@@ -1,6 +1,7 @@
 """The law of a global site in the guide: normal noise, pushed to where the site has its values."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -47,7 +48,7 @@ class PushedNormal(TorchDistribution):
         codomain = constraints.real if self.transform is None else self.transform.codomain
         return constraints.independent(codomain, len(self.event_shape) - codomain.event_dim)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "PushedNormal":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "PushedNormal":
         """Return the law itself: what all cells share has no batch shape."""
         if tuple(batch_shape):
             raise NotImplementedError(f"A global site stands above every plate; got the batch shape {tuple(batch_shape)}.")
