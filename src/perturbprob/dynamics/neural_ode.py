@@ -1,15 +1,39 @@
 """The neural ODE: waiting as a learnt push with decay."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import final
+from typing import cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from perturbprob.dynamics.hidden_layer import HiddenLayer, RelaxingLayer
 from perturbprob.dynamics.solve import Solver
 from perturbprob.dynamics.transition import CellState, Effects, Transition
+
+PushOfDelta = Callable[[Float[Tensor, "*plate cell latent"], Float[Tensor, "*plate cell 1"]], Float[Tensor, "*plate cell latent"]]
+
+
+def given(
+    field: nn.Module,
+    z0: Float[Tensor, "*plate cell latent"],
+    perturbation: Float[Tensor, "*plate cell latent"],
+    media: Float[Tensor, "*plate cell latent"],
+) -> PushOfDelta:
+    """Return the push of a field over one wait, as a function of δ and the clock alone.
+
+    A field that has a method ``given(z0, perturbation, media)`` returns that function itself, and computes what is constant once.
+
+    >>> push = given(Push(2), *torch.zeros(3, 1, 2))
+    >>> push(torch.zeros(1, 2), torch.zeros(1, 1)).shape
+    torch.Size([1, 2])
+    """
+    own = getattr(field, "given", None)
+    if own is not None:
+        return own(z0, perturbation, media)
+    return lambda delta, clock: field(z0 + delta, perturbation, media, clock)
 
 
 class Push(nn.Module):
@@ -29,6 +53,17 @@ class Push(nn.Module):
     ) -> Float[Tensor, "*plate cell latent"]:
         """Return the push. It does not read the clock, so waits compose."""
         return self.network(torch.cat([z, perturbation, media], -1))
+
+    def given(
+        self,
+        z0: Float[Tensor, "*plate cell latent"],
+        perturbation: Float[Tensor, "*plate cell latent"],
+        media: Float[Tensor, "*plate cell latent"],
+    ) -> HiddenLayer:
+        """Return the push over one wait."""
+        first, last = (cast("nn.Linear", self.network[k]) for k in (0, 2))
+        shift = first(torch.cat([z0, perturbation, media], -1))
+        return HiddenLayer(first.weight[:, : z0.shape[-1]].mT, shift, last.weight.mT, last.bias)
 
 
 @final
@@ -51,6 +86,17 @@ class Stable(nn.Module):
         none = torch.zeros_like(perturbation)
         return self.field(z, perturbation, media, clock) - self.field(z, none, none, clock)
 
+    def given(
+        self,
+        z0: Float[Tensor, "*plate cell latent"],
+        perturbation: Float[Tensor, "*plate cell latent"],
+        media: Float[Tensor, "*plate cell latent"],
+    ) -> PushOfDelta:
+        """Return the push over one wait."""
+        none = torch.zeros_like(perturbation)
+        marked, unmarked = given(self.field, z0, perturbation, media), given(self.field, z0, none, none)
+        return lambda delta, clock: marked(delta, clock) - unmarked(delta, clock)
+
 
 @final
 class NeuralODE(Transition):
@@ -60,7 +106,8 @@ class NeuralODE(Transition):
     for. Cells with different waits share one solve, time being scaled by each cell's wait.
 
     ``field`` may be any ``nn.Module`` called as ``field(z, perturbation, media, clock)``, all of shape (..., cell, latent)
-    except the clock's last axis of 1, that returns the push; ``solver`` is a `Solver`. With ``decays`` False γ is 0, and the field alone
+    except the clock's last axis of 1, that returns the push, and may compute what is constant over a wait once (`given`); ``solver`` is a
+    `Solver`. With ``decays`` False γ is 0, and the field alone
     moves the state, as eq 25 has it.
     """
 
@@ -83,10 +130,10 @@ class NeuralODE(Transition):
         perturbation = (state.perturbation @ effects.perturbation).expand_as(state.z0)
         media = (state.media @ effects.media).expand_as(state.z0)
         duration, start = time[:, None].expand_as(state.z0[..., :1]), state.clock[:, None]
-        decay = self.decay
+        push, decay = given(self.field, state.z0, perturbation, media), self.decay
 
         def slope(s: Tensor, delta: Tensor) -> Tensor:
-            push = self.field(state.z0 + delta, perturbation, media, start + s * duration)
-            return duration * (push - decay * delta)
+            return duration * (push(delta, start + s * duration) - decay * delta)
 
-        return replace(state, delta=self.solver(slope, state.delta), clock=state.clock + time)
+        relaxing = RelaxingLayer(push, decay, duration) if isinstance(push, HiddenLayer) else slope
+        return replace(state, delta=self.solver(relaxing, state.delta), clock=state.clock + time)

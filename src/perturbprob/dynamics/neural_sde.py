@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from perturbprob.dynamics.neural_ode import Push
+from perturbprob.dynamics.neural_ode import Push, given
 from perturbprob.dynamics.transition import CellState, Effects, Transition
 
 
@@ -52,10 +52,9 @@ class NeuralSDE(Transition):
             raise ValueError("A NeuralSDE waits with noise of shape (cell, step, latent), and got none. Without noise, use NeuralODE.")
         perturbation = (state.perturbation @ effects.perturbation).expand_as(state.z0)
         media = (state.media @ effects.media).expand_as(state.z0)
-        n_steps, delta = noise.shape[-2], state.delta
+        push, n_steps, delta = given(self.field, state.z0, perturbation, media), noise.shape[-2], state.delta
         step = (time / n_steps)[:, None]
         for k, shock in enumerate(noise.unbind(-2)):
             clock = (state.clock[:, None] + k * step).expand_as(state.z0[..., :1])
-            push = self.field(state.z0 + delta, perturbation, media, clock)
-            delta = delta + step * (push - self.decay * delta) + step.sqrt() * self.noise * shock
+            delta = delta + step * (push(delta, clock) - self.decay * delta) + step.sqrt() * self.noise * shock
         return replace(state, delta=delta, clock=state.clock + time)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from perturbprob.dynamics.hidden_layer import HiddenLayer
 from perturbprob.dynamics.neural_ode import NeuralODE
 from perturbprob.dynamics.solve import Solver
 from perturbprob.dynamics.transition import CellState
@@ -40,6 +41,16 @@ class PushOfSeeds(nn.Module):
         """Return the push of each seed; media, of which there is one, add nothing to it."""
         hidden = torch.tanh(torch.baddbmm(self.bias[0], torch.cat([z, perturbation], -1), self.weight[0]))
         return torch.baddbmm(self.bias[1], hidden, self.weight[1])
+
+    def given(
+        self,
+        z0: Float[Tensor, "seed cell latent"],
+        perturbation: Float[Tensor, "seed cell latent"],
+        media: Float[Tensor, "seed cell latent"],
+    ) -> HiddenLayer:
+        """Return the push of each seed over one wait."""
+        shift = torch.baddbmm(self.bias[0], torch.cat([z0, perturbation], -1), self.weight[0])
+        return HiddenLayer(self.weight[0][:, : z0.shape[-1]], shift, self.weight[1], self.bias[1])
 
 
 @final
