@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 LEFT_OF = {
+    "compiled": set(),
     "experiment": set(),
-    "dynamics": {"experiment"},
-    "measurement": {"experiment"},
+    "dynamics": {"experiment", "compiled"},
+    "measurement": {"experiment", "compiled"},
     "response": {"experiment"},
-    "model": {"experiment", "dynamics", "measurement"},
+    "model": {"experiment", "dynamics", "measurement", "compiled"},
 }
 for room, left in [
     ("inference", "model"),

@@ -267,32 +267,6 @@ def test_heads_take_a_rate_in_parts_or_as_it_is(head):
     torch.testing.assert_close(apart.log_prob(counts), added.log_prob(counts), rtol=1e-5, atol=1e-4)
 
 
-def test_it_says_once_that_it_compiles_and_never_at_import(monkeypatch, capsys):
-    from perturbprob.measurement import kernel
-
-    for kept, said in ((False, 1), (True, 0)):
-        monkeypatch.setattr(kernel, "is_kept", lambda _, kept=kept: kept)
-        fused.kernel.cache_clear()
-        assert fused.kernel() is fused.kernel() is kernel
-        assert capsys.readouterr().err.count("compiles") == said
-
-
-def test_a_folder_that_cannot_be_written_to_only_costs_the_cache(monkeypatch):
-    import numba
-
-    from perturbprob.measurement import elementary
-
-    njit = numba.njit
-
-    def unwritable(**options):
-        if options.pop("cache", False):
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(numba, "njit", unwritable)
-    assert elementary.compiled(lambda x: x + 1)(1) == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("measurement", ["poisson", "negative_binomial", "zero_inflated_negative_binomial"])
 def test_a_fit_goes_the_same_way_by_either_path(monkeypatch, measurement):

@@ -1,7 +1,5 @@
 """A push by one hidden layer: what is constant over a wait is computed once, and its steps are compiled."""
 
-import functools
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, final
@@ -10,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from perturbprob.compiled import load
 from perturbprob.dynamics.solve import OwnSteps, runge_kutta
 
 
@@ -79,16 +77,9 @@ def _expanded(part: Float[Tensor, "*part size"], rows: torch.Size) -> Float[Tens
     return part if part.shape[:-1] == rows else part.expand(*rows, -1)
 
 
-@functools.cache
 def kernel() -> ModuleType | None:
-    """Return the compiled steps, None where numba cannot be had; say so if they are yet to be compiled."""
-    try:
-        from perturbprob.dynamics import layer_kernel as compiled
-    except ImportError:  # no numba, or none for this numpy
-        return None
-    if not compiled.is_kept(compiled.backward):
-        tqdm.write("perturbprob compiles its solver, once: a quarter of a minute.", file=sys.stderr)
-    return compiled
+    """Return the compiled steps, None where numba cannot be had."""
+    return load("perturbprob.dynamics.layer_kernel", "backward", "its solver")
 
 
 class _Steps(torch.autograd.Function):

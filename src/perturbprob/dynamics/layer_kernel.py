@@ -1,21 +1,21 @@
 """The compiled Runge-Kutta steps of dδ/ds = pace ⊙ (tanh(δ A + c) B + b − γ ⊙ δ), and the way back through them.
 
 Cells are taken in blocks, one for each lane, so that all of a block stays in the fastest cache; of the way only the state before each step
-is kept. Imported where it is first needed, as numba is heavy. Annotations are for readers; numba reads the types of the arguments.
+is kept. Imported where it is first needed (`perturbprob.compiled`).
 """
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, no_type_check
+from functools import partial
+from typing import NamedTuple, no_type_check
 
-import numba
 import numpy as np
+
+from perturbprob.compiled import FAST
+from perturbprob.compiled import compiled as compiled_with
 
 LANES, STRIDE = 64, 16
 """So many cells are dealt with at a time, filled up to a multiple of the second."""
-FAST = frozenset({"contract", "nsz", "arcp", "reassoc"})
-"""What may be done to sums and products. Not nnan: what is not a number must come out as such."""
+compiled = partial(compiled_with, flags=FAST | {"reassoc"})
 # tanh as a ratio of polynomials in single precision, as in Eigen; beyond the largest it is ±1
 _LARGEST, *_P = map(
     np.float32,
@@ -47,24 +47,6 @@ class Sums(NamedTuple):
     outer_t: np.ndarray  # (latent, hidden)
     offset: np.ndarray  # (latent,)
     decay: np.ndarray  # (latent,)
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile at the first call, and keep the result on disk where a folder can be written: the package's own, or the user's cache."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(FAST)}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba finds no folder that it can write to
-        return numba.njit(**options)(function)
-
-
-def is_kept(function: Any) -> bool:
-    """Say whether a compiled function is on disk, no older than this file."""
-    folder, source = function.stats.cache_path, Path(__file__)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    kept = Path(folder).glob(f"{source.stem}.{function.__name__}-*.nbc")
-    return any(file.stat().st_mtime >= source.stat().st_mtime for file in kept)
 
 
 @compiled

@@ -1,18 +1,15 @@
 """Functions that numba compiles: exponentials, logarithms and factorials, in the precision that log densities of counts need.
 
-Imported where it is first needed, as numba is heavy. Annotations are for readers; numba reads the types of the arguments. What it keeps on
-disk it forgets when the file of the function that was called changes: after a change here alone, touch kernel.py.
+Imported where it is first needed (`perturbprob.compiled`). What numba keeps on disk it forgets when the file of the function that was
+called changes: after a change here alone, touch kernel.py.
 """
 
 import math
-from collections.abc import Callable, Set
-from typing import Any, no_type_check
+from typing import no_type_check
 
-import numba
 import numpy as np
 
-FAST = frozenset({"contract", "nsz", "arcp"})
-"""What may be done to sums and products. Not nnan: what is not a number must come out as such. Not reassoc: log1p would be off near 0."""
+from perturbprob.compiled import compiled
 
 F = np.float32
 ZERO, ONE, HALF = F(0), F(1), F(0.5)
@@ -26,20 +23,6 @@ _E0, _E1, _E2, _E3, _E4, _E5 = map(
 )
 _L0, _L1, _L2, _L3, _L4 = map(F, (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1))
 _L5, _L6, _L7, _L8 = map(F, (-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1))
-
-
-def compiled(function: Callable[..., Any], flags: Set[str] = FAST) -> Any:
-    """Compile at the first call, and keep the result on disk where a folder can be written: the package's own, or the user's cache."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(flags)}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba finds no folder that it can write to
-        return numba.njit(**options)(function)
-
-
-def part(function: Callable[..., Any]) -> Any:
-    """Put a function into those that call it, so that arrays are neither sliced nor handed on."""
-    return numba.njit(inline="always", error_model="numpy", fastmath=set(FAST))(function)
 
 
 @compiled

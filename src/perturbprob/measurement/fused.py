@@ -1,7 +1,5 @@
 """The law of a cell's counts on a CPU: one compiled pass over a minibatch gives log densities and their gradients."""
 
-import functools
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -15,7 +13,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from tqdm.auto import tqdm
+
+from perturbprob.compiled import load
 
 if TYPE_CHECKING:
     from perturbprob.measurement.counts import CountLaw
@@ -95,16 +94,9 @@ def fits(law: "CountLaw") -> bool:
     return alike and all(value.shape == shape[1:] for value in of_genes) and kernel() is not None
 
 
-@functools.cache
 def kernel() -> ModuleType | None:
-    """Return the compiled pass, None where numba cannot be had; say so if it is yet to be compiled."""
-    try:
-        from perturbprob.measurement import kernel as compiled
-    except ImportError:  # no numba, or none for this numpy
-        return None
-    if not compiled.is_kept(compiled.fused):
-        tqdm.write("perturbprob compiles its count model, once: half a minute.", file=sys.stderr)
-    return compiled
+    """Return the compiled pass, None where numba cannot be had."""
+    return load("perturbprob.measurement.kernel", "fused", "its count model")
 
 
 class _Given(NamedTuple):

@@ -1,16 +1,16 @@
 """The compiled pass over a minibatch: log density of counts and its gradients, in closed form.
 
 Every gene is dealt with as if it had no count, chunk by chunk of the genes of a cell, where nothing branches; then what has a count is
-written over. Imported where it is first needed, as numba is heavy.
+written over. Imported where it is first needed (`perturbprob.compiled`).
 """
 
 import math
-from pathlib import Path
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 
-from perturbprob.measurement.elementary import FAST, HALF, ONE, ZERO, F, compiled, expm1, log, part, rising, stirling
+from perturbprob.compiled import FAST, compiled, part
+from perturbprob.measurement.elementary import HALF, ONE, ZERO, F, expm1, log, rising, stirling
 
 CHUNK = 512
 """So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
@@ -23,15 +23,6 @@ BLOCK = 64
 LARGEST = 2.0**31
 """Counts are whole numbers below it."""
 _LARGE, _NAN = F(1e38), F(math.nan)
-
-
-def is_kept(function: Any) -> bool:
-    """Say whether a compiled function is on disk, no older than this file."""
-    folder, source = function.stats.cache_path, Path(__file__)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    kept = Path(folder).glob(f"{source.stem}.{function.__name__}-*.nbc")
-    return any(file.stat().st_mtime >= source.stat().st_mtime for file in kept)
 
 
 class Rates(NamedTuple):
