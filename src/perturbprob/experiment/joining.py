@@ -25,7 +25,7 @@ def concat(screens: Mapping[str, "Screen"]) -> dict[str, Any]:
     ('here/d2_1', 'there/d2_1')
     """
     _check(screens)
-    parts = list(screens.values())
+    parts = [part.in_memory() for part in screens.values()]
     genes, columns = _common_genes(screens)
     counts = [part.counts[:, k] for part, k in zip(parts, columns, strict=True)]
     total = np.concatenate([_expected_total(part, kept) for part, kept in zip(parts, counts, strict=True)])

@@ -31,18 +31,22 @@ def read_counts(
     if values is None:
         raise ValueError(f"adata.X is empty. Pass layer= with the layer that holds raw counts. {nearest('counts', adata.layers)}")
     matrix = _to_csr(values, name)
-    _check(adata, matrix, name, what)
-    counts = matrix.astype(np.float32)  # a copy: what becomes of the user's matrix later is no matter
-    counts.eliminate_zeros()
-    counts.sort_indices()
+    check_counts(adata, matrix, name, what)
+    counts = canonical(matrix)
     empty = (np.diff(counts.indptr) == 0) & (True if present is None else present)
-    if empty.any() and not may_be_empty:
+    if not may_be_empty:
+        refuse_empty(adata, empty, name)
+    return counts
+
+
+def refuse_empty(adata: AnnData, empty: np.ndarray, name: str) -> None:
+    """Refuse cells without counts."""
+    if empty.any():
         keep = f"adata = adata[np.asarray({name}.sum(axis=1)).ravel() > 0]"
         raise ValueError(
             "Cells without counts stay where their depth is known from elsewhere, as for a panel of few genes, and passed as size_factor=. "
             f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}."
         )
-    return counts
 
 
 def _to_csr(values: Matrix, name: str) -> csr_array:
@@ -65,7 +69,18 @@ def _to_csr(values: Matrix, name: str) -> csr_array:
     return matrix
 
 
-def _check(adata: AnnData, matrix: csr_array, name: str, what: str) -> None:
+def canonical(matrix: csr_array) -> csr_array:
+    """Return a copy in single precision, in canonical form and without zeros: what becomes of the user's matrix later is no matter."""
+    if not matrix.has_canonical_format:
+        matrix = matrix.astype(np.float64)
+        matrix.sum_duplicates()
+    counts = matrix.astype(np.float32)
+    counts.eliminate_zeros()
+    counts.sort_indices()
+    return counts
+
+
+def check_counts(adata: AnnData, matrix: csr_array, name: str, what: str) -> None:
     """Refuse values that are not raw counts."""
     data = matrix.data
     if data.dtype.kind == "f":

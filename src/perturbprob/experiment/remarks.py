@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 def remarks(screen: "Screen") -> Iterator[str]:
     """Say what the owner of a valid screen should know, each with what can be done."""
-    silent = (
-        np.zeros(screen.n_genes, bool)
-        if screen.values == "continuous"
-        else (np.bincount(screen.counts.indices, minlength=screen.n_genes) == 0)
-    )
+    silent = np.zeros(screen.n_genes, bool) if screen.values == "continuous" else np.asarray(screen.counts.sum(axis=0)).ravel() == 0
     if silent.any():
         found = reading.some(np.array(screen.genes)[silent], "gene")
         drop = "adata = adata[:, np.asarray(adata.X.sum(axis=0)).ravel() > 0]"

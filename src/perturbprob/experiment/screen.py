@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 import numpy as np
@@ -21,6 +22,7 @@ from perturbprob.experiment.fields import read_fields, text
 from perturbprob.experiment.joining import concat
 from perturbprob.experiment.pseudobulk import pseudobulk
 from perturbprob.experiment.remarks import remarks
+from perturbprob.experiment.store import StoredCounts, read_names
 from perturbprob.experiment.vocabulary import nearest
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Screen:
 
     Made by `Screen.from_anndata`, which checks everything; nothing is written into the AnnData, and the counts are a copy.
 
-    - ``counts``: csr_array (cell, gene), float32, whole numbers, canonical.
+    - ``counts``: csr_array (cell, gene), float32, whole numbers, canonical; `StoredCounts` where they stay on disk (`from_store`).
     - ``genes``, ``cells``: names; ``cells`` is a numpy array of str objects.
     - ``conditions``: the distinct protocols, control first, then by perturbation, media (baseline first) and time;
       ``condition``: each cell's index into them.
@@ -71,7 +73,7 @@ class Screen:
       batches: d2_1, d3_2, d4_3, d5_4
     """
 
-    counts: csr_array
+    counts: csr_array | StoredCounts
     genes: tuple[str, ...]
     cells: Shaped[np.ndarray, " cell"]
     conditions: tuple[Protocol, ...]
@@ -147,6 +149,30 @@ class Screen:
         """
         columns = {name: value for name, value in locals().items() if name not in ("cls", "adata")}
         return cls._of(read_fields(adata, columns))
+
+    @classmethod
+    def from_store(cls, path: str | Path, *, layer: str | None = None, **columns: Any) -> Self:
+        """Read a screen from an h5ad file or a zarr store whose counts stay on disk, for more cells than memory holds.
+
+        ``columns`` are the other arguments of `from_anndata`. All counts are read once, block by block, and checked. `fit` and
+        `log_density` then read minibatches of them; ``screen[cells]`` stays on disk too. What needs all counts at once asks for
+        `in_memory`. Counts are to be stored by rows (CSR, or dense). Raises StoreError for a file that cannot be read, or that changes
+        while it is in use.
+
+        >>> import tempfile
+        >>> adata = AnnData(csr_array(np.array([[3.0, 1.0], [0.0, 2.0]])), obs=pd.DataFrame({"gene": ["NT", "KLF1"]}, index=["a", "b"]))
+        >>> adata.var_names = ["KLF1", "CEBPA"]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adata.write_h5ad(f"{folder}/screen.h5ad")
+        ...     screen = Screen.from_store(f"{folder}/screen.h5ad", perturbation="gene", perturbation_type="CRISPRi")
+        >>> screen.counts
+        StoredCounts(2 cells × 2 genes, X of screen.h5ad)
+        """
+        return cls._of(read_fields(read_names(path), arguments_of(cls.from_anndata, columns | {"layer": layer}), stored=path))
+
+    def in_memory(self) -> Self:
+        """Return this screen with its counts in memory; itself, where they are."""
+        return replace(self, counts=self.counts.in_memory()) if isinstance(self.counts, StoredCounts) else self
 
     @classmethod
     def from_mudata(
@@ -283,7 +309,7 @@ class Screen:
         batches, batch = np.unique(self.batch[index], return_inverse=True)
         return replace(
             self,
-            counts=self.counts[index],
+            counts=self.counts.take(index) if isinstance(self.counts, StoredCounts) else self.counts[index],
             cells=self.cells[index],
             conditions=tuple(self.conditions[i] for i in conditions),
             condition=condition.astype(np.int64),

@@ -25,6 +25,7 @@ from perturbprob.experiment.settings import check_seed
 from perturbprob.inference.at_rest import AtRestLoss
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.draws import bar
+from perturbprob.inference.loader import shuffled
 from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
 from perturbprob.inference.verdict import verdict
 from perturbprob.measurement.counts import CountLaw
@@ -272,8 +273,8 @@ class _Training:
         """Take one pass over the training cells; return the mean loss per cell and gene."""
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
         self.guide.hold(held=self._warmth() < 1)
-        for index in self.training[torch.randperm(len(self.training))].split(self.settings["minibatch"]):
-            cells = self.table.unfolded(index, len(self.training), self._warmth())
+        for index, counts in shuffled(self.screen.counts, self.training, self.settings["minibatch"]):
+            cells = self.table.unfolded(index, len(self.training), self._warmth(), counts)
             try:
                 loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
             except NoCount:

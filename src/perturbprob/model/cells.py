@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
@@ -138,9 +139,9 @@ class CellTable:
         """Return one draw of the global sites with the condition effects of this screen's own conditions added."""
         return self.model.completed(draw, self.extra)
 
-    def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
-        """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells."""
-        counts = torch.from_numpy(self.screen.counts[index.numpy()].toarray())
+    def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0, counts: csr_array | None = None) -> Cells:
+        """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells; ``counts`` if they were read."""
+        counts = torch.from_numpy((self.screen.counts[index.numpy()] if counts is None else counts).toarray())
         condition, device = self.condition[index], self.model.log_share.device
         return Cells(
             total=self.screen.n_cells if total is None else total,
@@ -157,9 +158,11 @@ class CellTable:
             assays={name: self._seen(name, index) for name in self.assays},
         )
 
-    def unfolded(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0) -> Cells:
+    def unfolded(
+        self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0, counts: csr_array | None = None
+    ) -> Cells:
         """Return a row for each way that each of these cells may have gone; the cells themselves, where none escapes."""
-        cells = self.cells(index, total, warmth)
+        cells = self.cells(index, total, warmth, counts)
         if self.edits is None:
             return cells
         device, condition = cells.rows.device, self.condition[index]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from perturbprob.experiment.moments import membership
+from perturbprob.experiment.store import StoredCounts, blocks
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.measurement.log_normal import LogNormal
 from perturbprob.model.cell_model import CellModel
@@ -315,7 +316,7 @@ def _log_means(screen: "Screen", group: np.ndarray, n_groups: int) -> Float[Tens
     return torch.as_tensor(np.log(total / exposure[:, None]), dtype=torch.float32)
 
 
-def _information(counts: csr_array, group: np.ndarray, n_groups: int) -> Float[Tensor, "group gene"]:
+def _information(counts: csr_array | StoredCounts, group: np.ndarray, n_groups: int) -> Float[Tensor, "group gene"]:
     """Return about how much the counts of each group of cells tell of each gene's log rate."""
     total, cells = (membership(group, n_groups) @ counts).toarray(), np.maximum(np.bincount(group, minlength=n_groups), 1)
     return torch.as_tensor(total / (1 + total / cells[:, None]), dtype=torch.float32)
@@ -330,7 +331,8 @@ def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " 
     x, s, n = screen.counts, screen.size_factor.astype(np.float64), screen.n_cells
     mean = np.asarray(x.sum(0)).ravel() / s.sum() + 1e-6
     square = mean**2 * np.sum(s**2)
-    excess = ((x.multiply(x)).sum(0) - 2 * mean * (s @ x) + square - mean * s.sum()) / square
+    squares = sum(np.asarray(part.power(2).sum(0)).ravel() for _, part in blocks(x))
+    excess = (squares - 2 * mean * (s @ x) + square - mean * s.sum()) / square
     information = n / 2 * (mean / (mean + 1)) ** 2
     overall = np.average(excess.clip(0.02, 20), weights=information)
     noise = 2 / n * (1 / mean + overall) ** 2  # the variance of 1/θ of a gene, and that between genes

@@ -1,0 +1,211 @@
+"""Counts that stay on disk, in h5ad or zarr: rows are read when they are asked for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, final
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from anndata.io import read_elem, sparse_dataset
+from jaxtyping import Float64, Int64
+from numpy.typing import ArrayLike
+from scipy.sparse import csr_array, issparse, vstack
+
+from perturbprob.experiment.raw_counts import canonical, check_counts, refuse_empty
+from perturbprob.experiment.vocabulary import nearest
+
+ROWS = 8192
+"""So many cells are read at a time where all are needed."""
+GAP = 32
+"""Rows no further apart are read in one go, with those between."""
+
+
+class StoreError(OSError):
+    """A file of counts cannot be read, or changed while it was in use; the message says which."""
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredCounts:
+    """Raw counts (cell, gene) of an h5ad file or a zarr store that are not in memory; made by `Screen.from_store`.
+
+    ``counts[cells]`` reads rows as csr_array, float32 and canonical; `take` names rows and reads nothing; `blocks` goes through all of
+    them. Sums, and products with a matrix from the left, go block by block. For everything else there is `in_memory`. Each process opens
+    the file by itself. ``key`` is the place in the store, "X" or "layers/counts"; ``rows`` are the rows of the store that are meant.
+    """
+
+    path: Path
+    key: str
+    shape: tuple[int, int]
+    rows: Int64[np.ndarray, " cell"]
+    stamp: tuple[int, ...] = field(default=())
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+    __array_ufunc__ = None  # numpy then leaves products from the left to `__rmatmul__`
+
+    @classmethod
+    def of(cls, path: str | Path, layer: str | None = None) -> Self:
+        """Find the counts in a store; read none of them."""
+        key = "X" if layer is None else f"layers/{layer}"
+        group = open_store(path)
+        if key not in group:
+            where = f"layer={layer!r} is not a layer of {path}. {nearest(str(layer), list(group.get('layers', ())))}"
+            raise ValueError(where if layer is not None else f"{path} has no X. Pass layer= with the layer that holds raw counts.")
+        matrix = _rows_of(group, key, path)
+        shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+        return cls(Path(path), key, shape, np.arange(shape[0]), _stamp(path, matrix))
+
+    def __repr__(self) -> str:
+        """Say where the counts are."""
+        return f"StoredCounts({self.shape[0]:,} cells × {self.shape[1]:,} genes, {self.key} of {self.path.name})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open file behind."""
+        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do about what only a matrix in memory can do."""
+        if name.startswith("_") or not hasattr(csr_array, name):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"These counts stay on disk and have no {name!r}: take screen.in_memory(), or a part, screen[cells].in_memory()."
+        )
+
+    @cached_property
+    def _matrix(self) -> Any:
+        """The matrix in the open store, which slices of rows are read from."""
+        matrix = _rows_of(open_store(self.path), self.key, self.path)
+        self._check(matrix)
+        return matrix
+
+    def _check(self, matrix: Any) -> None:
+        """Refuse a store that is not what it was."""
+        if (found := _stamp(self.path, matrix)) != self.stamp:
+            raise StoreError(
+                f"{self.path} changed while it was in use (bytes, time or rows and entries were {self.stamp} and are {found}). "
+                "Read the screen again, and leave the file alone while a fit reads it."
+            )
+
+    def take(self, index: Int64[np.ndarray, " row"]) -> Self:
+        """Return some of these rows, still on disk."""
+        rows = self.rows[index]
+        return replace(self, rows=rows, shape=(len(rows), self.shape[1]))
+
+    def __getitem__(self, index: slice | ArrayLike) -> csr_array:
+        """Read some rows, in any order."""
+        rows, place = np.unique(self.rows[index if isinstance(index, slice) else np.asarray(index)], return_inverse=True)
+        if not len(rows):
+            return csr_array((0, self.shape[1]), dtype=np.float32)
+        matrix, parts = self._matrix, []
+        self._check(matrix)
+        for span in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1):
+            try:
+                read = matrix[int(span[0]) : int(span[-1]) + 1]
+            except Exception as error:  # what h5py, zarr and their codecs raise has nothing else in common
+                raise StoreError(
+                    f"{self.path} cannot be read at rows {span[0]} to {span[-1]} of {self.key}: {_first_line(error)}"
+                ) from error
+            parts.append(canonical(csr_array(read if issparse(read) else np.asarray(read)))[span - span[0]])
+        read = csr_array(vstack(parts, format="csr")) if len(parts) > 1 else parts[0]
+        return read if np.array_equal(place, np.arange(len(rows))) else read[place]
+
+    def blocks(self) -> Iterator[tuple[slice, csr_array]]:
+        """Go through all rows, block by block."""
+        for first in range(0, self.shape[0], ROWS):
+            block = slice(first, min(first + ROWS, self.shape[0]))
+            yield block, self[block]
+
+    def sum(self, axis: int | None = None, dtype: Any = np.float64) -> Any:
+        """Return the sum of all counts, of each gene (axis 0) or of each cell (axis 1)."""
+        parts = [block.sum(axis=axis, dtype=dtype) for _, block in self.blocks()]
+        return np.concatenate(parts) if axis == 1 else np.sum(parts, axis=0)
+
+    def __rmatmul__(self, left: Any) -> Any:
+        """Return the product of a matrix (any, cell), or a vector, with the counts."""
+        columns = left.tocsc() if issparse(left) else left
+        total = None
+        for block, counts in self.blocks():
+            part = columns[..., block] @ counts if columns.ndim == 1 else columns[:, block] @ counts
+            total = part if total is None else total + part
+        return total
+
+    def in_memory(self) -> csr_array:
+        """Read all rows."""
+        return csr_array(vstack([block for _, block in self.blocks()], format="csr"))
+
+
+def blocks(counts: csr_array | StoredCounts) -> Iterator[tuple[slice, csr_array]]:
+    """Go through counts block by block, or in one go where they are in memory."""
+    return counts.blocks() if isinstance(counts, StoredCounts) else iter([(slice(0, counts.shape[0]), counts)])
+
+
+def open_store(path: str | Path) -> Any:
+    """Open an h5ad file or a zarr store for reading."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        if path.is_dir() or path.suffix == ".zip":
+            import zarr
+
+            return zarr.open_group(str(path), mode="r")
+        import h5py
+
+        return h5py.File(path, "r")
+    except ImportError as error:
+        raise ImportError(f"{path} is a zarr store: pip install zarr.") from error
+    except Exception as error:
+        raise StoreError(f"{path} cannot be opened as an h5ad file or a zarr store (truncated?): {_first_line(error)}") from error
+
+
+def read_names(path: str | Path) -> AnnData:
+    """Read what a store says of its cells and genes, without any counts."""
+    group = open_store(path)
+    try:
+        obs, var = (read_elem(group[name]) for name in ("obs", "var"))
+    except Exception as error:
+        raise StoreError(f"{path} has no obs and var that can be read: {_first_line(error)}. Write it with adata.write_h5ad.") from error
+    return AnnData(obs=pd.DataFrame(obs), var=pd.DataFrame(var))
+
+
+def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) -> Float64[np.ndarray, " cell"]:
+    """Return the depth of each cell, having read every count once; refuse what `read_counts` refuses."""
+    if adata.shape != counts.shape:
+        raise StoreError(f"{counts.path} names {adata.n_obs:,} cells and {adata.n_vars:,} genes, and {counts.key} is {counts.shape}.")
+    total, name = np.zeros(counts.shape[0]), f"{counts.key} of {counts.path.name}"
+    for block, read in counts.blocks():
+        check_counts(adata[block], read, name, "gene")
+        total[block] = np.asarray(read.sum(axis=1, dtype=np.float64)).ravel()
+    if not may_be_empty:
+        refuse_empty(adata, total == 0, "adata.X" if counts.key == "X" else f"adata.layers[{counts.key.partition('/')[2]!r}]")
+    return total
+
+
+def _rows_of(group: Any, key: str, path: str | Path) -> Any:
+    """Return a matrix that can be cut into rows; refuse one that is stored by columns."""
+    form = str(group[key].attrs.get("encoding-type", ""))
+    if form == "csc_matrix":
+        raise ValueError(f"{key} of {path} is stored by columns (CSC), and rows are needed: write it as adata.X.tocsr().")
+    return sparse_dataset(group[key]) if form == "csr_matrix" else group[key]
+
+
+def _stamp(path: str | Path, matrix: Any) -> tuple[int, ...]:
+    """Return numbers that change when a store does: bytes and time of a file; of a folder, rows and entries."""
+    path = Path(path)
+    if path.is_file():
+        return (path.stat().st_size, path.stat().st_mtime_ns)
+    import zarr
+
+    sparse = hasattr(matrix, "group")
+    fresh: Any = zarr.open_group(str(path), mode="r")[(matrix.group if sparse else matrix).path]
+    shape = fresh.attrs["shape"] if sparse else fresh.shape
+    return (*map(int, shape), int(fresh["data"].shape[0]) if sparse else 0)
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error of another library says first."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
