@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Shaped
@@ -27,7 +27,7 @@ def concat(screens: Mapping[str, "Screen"]) -> dict[str, Any]:
     _check(screens)
     parts = [part.in_memory() for part in screens.values()]
     genes, columns = _common_genes(screens)
-    counts = [part.counts[:, k] for part, k in zip(parts, columns, strict=True)]
+    counts = [cast("csr_array", part.counts)[:, k] for part, k in zip(parts, columns, strict=True)]
     total = np.concatenate([_expected_total(part, kept) for part, kept in zip(parts, counts, strict=True)])
     depth = float(np.median(total))
     conditions = tuple(sorted({p for part in parts for p in part.conditions}, key=reading.order))

@@ -28,11 +28,12 @@ from perturbprob.inference.draws import bar
 from perturbprob.inference.loader import shuffled
 from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
 from perturbprob.inference.verdict import verdict
-from perturbprob.measurement.counts import CountLaw
+from perturbprob.measurement.counts import CountHead, CountLaw
 from perturbprob.measurement.fused import NoCount, no_count
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
 from perturbprob.model.guide import Guide, node_design
+from perturbprob.model.sparse_input import stays_sparse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -226,6 +227,8 @@ class _Training:
         self.guide.to(model.log_share.device)
         self.elbo = self._loss()
         self.losses: dict[str, list[float]] = {"train": [], "validation": []}
+        plain = model.penetrance is None and not model.assays and screen.present is None and screen.values == "counts"
+        self.reads_sparse = plain and settings["objective"] == "elbo" and isinstance(model.measurement, CountHead)
         self.best, self.best_epoch, self.step = copy.deepcopy(self.elbo.state_dict()), 0, 0
 
     def _loss(self) -> Any:
@@ -274,7 +277,8 @@ class _Training:
         scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
         self.guide.hold(held=self._warmth() < 1)
         for index, counts in shuffled(self.screen.counts, self.training, self.settings["minibatch"]):
-            cells = self.table.unfolded(index, len(self.training), self._warmth(), counts)
+            sparse = self.reads_sparse and stays_sparse(counts, self.model.log_share.device)
+            cells = self.table.unfolded(index, len(self.training), self._warmth(), counts, sparse=sparse)
             try:
                 loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
             except NoCount:
@@ -320,6 +324,7 @@ class _Training:
         if self.settings["objective"] == "kds":
             return f"The loss is not finite at step {self.step}. The last good parameters are kept in error.fit. Lower learning_rate."
         index = index if cells.hits is None else index[cells.hits.of.cpu()]
+        cells = replace(cells, counts=cells.counts.to_dense())
         encodes = self.settings["objective"] == "elbo"
         guide = pyro.poutine.trace(self.guide).get_trace(cells) if encodes else pyro.poutine.trace(self.guide.globals).get_trace()
         model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)

@@ -71,7 +71,7 @@ class FusedCountLaw(TorchDistribution):
         return self.base_dist.sample(sample_shape)
 
     def log_prob(self, value: Float[Tensor, "... cell gene"]) -> Float[Tensor, "... cell"]:
-        """Log-probability of the counts of each cell."""
+        """Log-probability of the counts of each cell; counts may be a sparse tensor (CSR)."""
         if value.shape != self.base_dist.batch_shape or value.dtype != torch.float32 or value.requires_grad:
             return self.base_dist.log_prob(value).sum(-1)
         rate, law = self.base_dist.rate, self.base_dist
@@ -138,18 +138,13 @@ class _Pass(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def taken(
-    given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...], counts: Any = None
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Take the pass, in as many threads as torch has; return log densities, and the gradients wanted of their weighted sum.
-
-    ``counts`` are those of the kernel, where they are at hand as rows of a sparse matrix.
-    """
+def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """Take the pass, in as many threads as torch has; return log densities, and the gradients wanted of their weighted sum."""
     compiled = cast("ModuleType", kernel())
     n_cells, n_genes = given.logits.shape
     rates = _rates(compiled, given)
     law = _law(compiled, given, min(LARGEST_TABLE, max(8, n_cells // 8)))
-    counts = counts or compiled.Counts(_array(given.counts), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+    counts = _counts(compiled, given.counts)
     n_threads = max(1, min(torch.get_num_threads(), n_cells * n_genes // WORTH_A_THREAD))
     cut = [k * n_cells // n_threads for k in range(n_threads + 1)]
     log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)
@@ -173,6 +168,14 @@ def taken(
     return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
 
 
+def _counts(compiled: ModuleType, counts: Float[Tensor, "cell gene"]) -> Any:
+    """Return counts as the pass takes them, in rows or sparse."""
+    if counts.layout != torch.sparse_csr:
+        return compiled.Counts(_array(counts), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+    parts = (counts.crow_indices(), counts.col_indices(), counts.values())
+    return compiled.Counts(np.empty((0, counts.shape[1]), np.float32), *(part.numpy() for part in parts))
+
+
 def no_count(values: Float[Tensor, "*plate"]) -> Bool[Tensor, "*plate"]:
     """Say which values are no counts: NaN, negative, not whole, or 2^31 or more."""
     return ~((values >= 0) & (values < 2.0**31) & (values == values.floor()))
@@ -180,6 +183,7 @@ def no_count(values: Float[Tensor, "*plate"]) -> Bool[Tensor, "*plate"]:
 
 def refuse_what_is_no_count(counts: Float[Tensor, "cell gene"]) -> None:
     """Raise `NoCount` if any value is none."""
+    counts = counts.to_dense()
     wrong = no_count(counts)
     if wrong.any():
         cell, gene = wrong.nonzero()[0].tolist()

@@ -19,6 +19,7 @@ from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountHead
 from perturbprob.measurement.decoder import Decoder, Identity, Log1p, LogRate, log_prior
 from perturbprob.measurement.exact import Exact
+from perturbprob.measurement.fused import FusedCountLaw
 from perturbprob.measurement.normal import Normal
 from perturbprob.measurement.rate import Rate
 from perturbprob.model.cells import Cells
@@ -120,7 +121,8 @@ class CellModel(PyroModule):
                 z = pyro.sample("z", self.at_rest(len(cells)))  # X, a cell at rest
             state = self.moved(sites, z, cells.protocol)  # W(M(P(X))), eq 4
             for name, law, counts in self.seen(sites, state, cells):
-                pyro.sample(name, law.to_event(1), obs=counts)  # V of each assay, eq 10
+                seen = law.to_event(1)
+                pyro.sample(name, seen, obs=counts if isinstance(seen, FusedCountLaw) else counts.to_dense())  # V of each assay, eq 10
 
     def globals(self) -> dict[str, Tensor]:
         """Sample what all cells share: η, the measurement, and the effects."""

@@ -17,6 +17,7 @@ from perturbprob.experiment.vocabulary import Segment
 from perturbprob.measurement.assays import Seen
 from perturbprob.measurement.normal import Normal
 from perturbprob.model.penetrance import Hits, padded, ways
+from perturbprob.model.sparse_input import as_tensor
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 class Cells:
     """A minibatch of cells as tensors. ``total`` is the size of the plate they stand for, ``index`` their places in it.
 
-    ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1 where η is taken as 0. ``condition`` is
-    each cell's place in the screen's conditions. ``standard_error`` is that of each value where values are continuous and it is
-    known. ``warmth`` is the weight of the cells' own KL term while a training warms up. ``present`` says which cells have counts of RNA
-    (None: all), ``assays`` what the model's other assays saw.
+    ``counts`` may be a sparse tensor (CSR). ``rows`` names the condition-effect nodes that add up in each cell, ``batch`` the batch, or −1
+    where η is taken as 0. ``condition`` is each cell's place in the screen's conditions. ``standard_error`` is that of each value where
+    values are continuous and it is known. ``warmth`` is the weight of the cells' own KL term while a training warms up. ``present`` says
+    which cells have counts of RNA (None: all), ``assays`` what the model's other assays saw.
 
     Where edited cells may have escaped, `CellTable.unfolded` gives a row for each way that a cell may have gone, which ``hits`` tells.
     """
@@ -139,9 +140,20 @@ class CellTable:
         """Return one draw of the global sites with the condition effects of this screen's own conditions added."""
         return self.model.completed(draw, self.extra)
 
-    def cells(self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0, counts: csr_array | None = None) -> Cells:
-        """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells; ``counts`` if they were read."""
-        counts = torch.from_numpy((self.screen.counts[index.numpy()] if counts is None else counts).toarray())
+    def cells(
+        self,
+        index: Int[Tensor, " cell"],
+        total: int | None = None,
+        warmth: float = 1.0,
+        counts: csr_array | None = None,
+        *,
+        sparse: bool = False,
+    ) -> Cells:
+        """Return these cells as tensors on the model's device, standing for a plate of ``total`` cells.
+
+        ``counts`` are theirs, where they have been read already; with ``sparse`` they stay sparse.
+        """
+        counts = self.screen.counts[index.numpy()] if counts is None else counts
         condition, device = self.condition[index], self.model.log_share.device
         return Cells(
             total=self.screen.n_cells if total is None else total,
@@ -150,7 +162,7 @@ class CellTable:
             rows=self.rows[self.first[condition]].to(device),
             batch=self.batch[index].to(device),
             log_size_factor=self.log_size_factor[index].to(device),
-            counts=counts.to(device=device, dtype=torch.float32),
+            counts=as_tensor(counts) if sparse else torch.from_numpy(counts.toarray()).to(device=device, dtype=torch.float32),
             warmth=warmth,
             condition=condition.to(device),
             standard_error=None if self.standard_error is None else self.standard_error[index].to(device),
@@ -159,10 +171,16 @@ class CellTable:
         )
 
     def unfolded(
-        self, index: Int[Tensor, " cell"], total: int | None = None, warmth: float = 1.0, counts: csr_array | None = None
+        self,
+        index: Int[Tensor, " cell"],
+        total: int | None = None,
+        warmth: float = 1.0,
+        counts: csr_array | None = None,
+        *,
+        sparse: bool = False,
     ) -> Cells:
-        """Return a row for each way that each of these cells may have gone; the cells themselves, where none escapes."""
-        cells = self.cells(index, total, warmth, counts)
+        """Return a row for each way that each of these cells may have gone; the cells themselves, where none escapes (`cells`)."""
+        cells = self.cells(index, total, warmth, counts, sparse=sparse)
         if self.edits is None:
             return cells
         device, condition = cells.rows.device, self.condition[index]

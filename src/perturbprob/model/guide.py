@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import numpy as np
 import pyro
@@ -23,6 +23,7 @@ from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import FromRest
 from perturbprob.model.overdispersion import Overdispersion
 from perturbprob.model.pushed_normal import PushedNormal
+from perturbprob.model.sparse_input import first_layer, log_relative
 from perturbprob.model.start import batch_start
 
 if TYPE_CHECKING:
@@ -45,8 +46,13 @@ class Encoder(nn.Module):
         self.network = nn.Sequential(nn.Linear(n_genes + n_context, n_hidden), nn.ReLU(), nn.Linear(n_hidden, 2 * rest_size))
 
     def forward(self, log_counts: Float[Tensor, "*plate cell gene"], context: Float[Tensor, "*plate cell context"]) -> dist.Distribution:
-        """Return a normal law for each cell."""
-        loc, scale = self.network(torch.cat([log_counts, context], -1)).chunk(2, -1)
+        """Return a normal law for each cell; ``log_counts`` may be sparse (CSR)."""
+        if log_counts.layout == torch.sparse_csr:
+            first, squash, last = cast("tuple[nn.Linear, nn.ReLU, nn.Linear]", tuple(self.network))
+            hidden = last(squash(first_layer(first, log_counts, context)))
+        else:
+            hidden = self.network(torch.cat([log_counts, context], -1))
+        loc, scale = hidden.chunk(2, -1)
         return dist.Normal(loc, softplus(scale) + 1e-3)
 
 
@@ -251,7 +257,7 @@ class Guide(PyroModule):
                 "This fit has no q(z0 | x), the law of a cell's rest state given its counts, since objective='paths' compares sets of "
                 "cells: ask predict or predictive_check, or fit with objective='elbo' to ask about given cells."
             )
-        log_counts = torch.log1p(cells.counts * torch.exp(-cells.log_size_factor)[:, None])
+        log_counts = log_relative(cells.counts, cells.log_size_factor)
         if cells.present is not None:
             log_counts = torch.where(cells.present[:, None], log_counts, 0.0)
         law = self.encoder(log_counts, torch.cat([self.context(cells.protocol, cells.batch), *_seen(cells)], -1))
