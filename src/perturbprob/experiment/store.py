@@ -57,7 +57,7 @@ class StoredCounts:
             raise ValueError(where if layer is not None else f"{path} has no X. Pass layer= with the layer that holds raw counts.")
         matrix = _rows_of(group, key, path)
         shape = (int(matrix.shape[0]), int(matrix.shape[1]))
-        return cls(Path(path), key, shape, np.arange(shape[0]), _stamp(path, matrix))
+        return cls(Path(path), key, shape, np.arange(shape[0]), _stamp(Path(path), key))
 
     def __repr__(self) -> str:
         """Say where the counts are."""
@@ -78,17 +78,13 @@ class StoredCounts:
     @cached_property
     def _matrix(self) -> Any:
         """The matrix in the open store, which slices of rows are read from."""
-        matrix = _rows_of(open_store(self.path), self.key, self.path)
-        self._check(matrix)
-        return matrix
+        self._check()
+        return _rows_of(open_store(self.path), self.key, self.path)
 
-    def _check(self, matrix: Any) -> None:
+    def _check(self) -> None:
         """Refuse a store that is not what it was."""
-        if (found := _stamp(self.path, matrix)) != self.stamp:
-            raise StoreError(
-                f"{self.path} changed while it was in use (bytes, time or rows and entries were {self.stamp} and are {found}). "
-                "Read the screen again, and leave the file alone while a fit reads it."
-            )
+        if _stamp(self.path, self.key) != self.stamp:
+            raise StoreError(f"{self.path} changed while it was in use. Read the screen again, and leave the file alone while it is read.")
 
     def take(self, index: Int64[np.ndarray, " row"]) -> Self:
         """Return some of these rows, still on disk."""
@@ -101,7 +97,7 @@ class StoredCounts:
         if not len(rows):
             return csr_array((0, self.shape[1]), dtype=np.float32)
         matrix, parts = self._matrix, []
-        self._check(matrix)
+        self._check()
         for span in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1):
             try:
                 read = matrix[int(span[0]) : int(span[-1]) + 1]
@@ -193,17 +189,11 @@ def _rows_of(group: Any, key: str, path: str | Path) -> Any:
     return sparse_dataset(group[key]) if form == "csr_matrix" else group[key]
 
 
-def _stamp(path: str | Path, matrix: Any) -> tuple[int, ...]:
-    """Return numbers that change when a store does: bytes and time of a file; of a folder, rows and entries."""
-    path = Path(path)
-    if path.is_file():
-        return (path.stat().st_size, path.stat().st_mtime_ns)
-    import zarr
-
-    sparse = hasattr(matrix, "group")
-    fresh: Any = zarr.open_group(str(path), mode="r")[(matrix.group if sparse else matrix).path]
-    shape = fresh.attrs["shape"] if sparse else fresh.shape
-    return (*map(int, shape), int(fresh["data"].shape[0]) if sparse else 0)
+def _stamp(path: Path, key: str) -> tuple[int, ...]:
+    """Return bytes and times of a file, or of what a folder says of its shapes; they change when the store does."""
+    metadata = (folder / name for folder in (path / key, path / key / "data") for name in (".zarray", ".zattrs", "zarr.json"))
+    told = [path] if path.is_file() else [file for file in metadata if file.is_file()]
+    return tuple(number for file in told for number in (file.stat().st_size, file.stat().st_mtime_ns))
 
 
 def _first_line(error: Exception) -> str:
