@@ -8,37 +8,30 @@ median of each in milliseconds and the ratio of the medians, for each number of 
 
 ``zinb_5000`` and ``zinb_103``: value and gradient of the zero-inflated negative binomial, 512 cells × 5,000 genes with 92 % zeros and × 103
 with 31 %, from logits to the sum over cells and back to logits, θ and π; beside `log_zinb_positive` of scvi-tools after a softmax and the
-size factor. Without scvi-tools (extra ``bench``) its published formula stands in for it, which ``peer`` says.
+size factor. Without scvi-tools (extra ``bench``) its published formula stands in for it, which ``peer`` says. What the other rows are is
+said in speed_vae.py (``step_5000``, ``epoch_5000``, ``epoch_ishikawa``, ``logp_gain``), speed_ode.py (``node_epoch``, ``ode``) and
+speed_memory.py (``rss_gb``).
+
+``roof`` is how long the products of matrices of a training step of ``step_5000`` take by themselves, dense, in milliseconds, and what share
+of our step that is. Results that are kept stand in benchmarks/results.
 """
 
 import argparse
 import json
-import platform
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from statistics import median
 from typing import Any
 
+import speed_memory
+import speed_ode
+import speed_vae
 import torch
+from interleaved import interleaved, row, versions
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from perturbprob.measurement import CountLaw, Rate
 
-Step = Callable[[], object]
 N_CELLS = 512
-
-
-def interleaved(sides: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Return the median time of each side in milliseconds, the sides taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + 1):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(every[1:]) for name, every in times.items()}
 
 
 def published_log_zinb(x: Tensor, mean: Tensor, theta: Tensor, logit: Tensor, eps: float = 1e-8) -> Tensor:
@@ -85,52 +78,57 @@ def zinb(n_genes: int, zeros: float, repeats: int) -> dict[str, Any]:
         back(CountLaw(Rate(logits, log_depth), theta, torch.sigmoid(logit)).log_prob(counts))
 
     times = interleaved({"perturbprob": one_pass, "peer": theirs, "torch path": in_torch}, repeats)
-    return {"ratio": round(times["peer"] / times["perturbprob"], 2), "ms": {k: round(t, 2) for k, t in times.items()}, "peer": name}
+    return row(times, peer=name)
 
 
-ROWS: dict[str, Callable[[int], dict[str, Any]] | None] = {
+def roof(repeats: int) -> float:
+    """Return how long the products of a step take: encoder and decoder, forward, and back to weights and hidden units."""
+    cells, hidden, genes = N_CELLS, 128, 5000
+    x, h, w = torch.randn(cells, genes), torch.randn(cells, hidden), torch.randn(hidden, genes)
+
+    def products() -> None:
+        for left, right in ((x, w.mT), (h.mT, x), (h, w), (h.mT, x), (x, w.mT)):
+            torch.mm(left, right)
+
+    return interleaved({"products": products}, repeats)["products"]
+
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "zinb_5000": lambda repeats: zinb(5000, 0.92, repeats),
     "zinb_103": lambda repeats: zinb(103, 0.31, repeats),
-    # not measured yet: a training step, whole epochs, the neural ODE's, the solver alone, held-out density at equal time, memory
-    "step_5000": None,
-    "epoch_5000": None,
-    "epoch_ishikawa": None,
-    "node_epoch": None,
-    "ode": None,
-    "logp_gain": None,
-    "rss_gb": None,
+    "step_5000": speed_vae.step_5000,
+    "epoch_5000": speed_vae.epoch_5000,
+    "epoch_ishikawa": speed_vae.epoch_ishikawa,
+    "node_epoch": speed_ode.node_epoch,
+    "ode": speed_ode.ode,
+    "logp_gain": speed_vae.logp_gain,
+    "rss_gb": speed_memory.rss_gb,
 }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that the numbers belong to."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("perturbprob", "torch", "pyro-ppl", "numpy", "numba", "scvi-tools"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+ONCE = ("logp_gain", "rss_gb")
+"""Run with one number of threads."""
 
 
 def main() -> None:
     """Run the rows that are asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[name for name, row in ROWS.items() if row is not None])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     table: dict[str, Any] = {}
     for name in options.rows:
-        row, table[name] = ROWS[name], {}
-        for threads in options.threads if row is not None else ():
+        table[name] = {}
+        for threads in options.threads[:1] if name in ONCE else options.threads:
             torch.set_num_threads(threads)
-            table[name][str(threads)] = row(options.repeats)
+            table[name][str(threads)] = found = ROWS[name](options.repeats)
+            if name == "step_5000":
+                alone = roof(options.repeats)
+                table.setdefault("roof", {})[str(threads)] = {"ms": round(alone, 1), "share": round(alone / found["ms"]["perturbprob"], 2)}
             if not options.json:
-                print(name, f"{threads} threads", table[name][str(threads)], flush=True)
+                print(name, f"{threads} threads", found, flush=True)
     if options.json:
-        print(json.dumps(table | {"roof": None, "threads": options.threads, "versions": versions()}, indent=1))
+        print(json.dumps(table | {"threads": options.threads, "versions": versions()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,4 @@
-"""How fast waiting is beside torchdiffeq, as ratios within one process.
-
-    python benchmarks/speed_ode.py --json
-    python benchmarks/speed_ode.py --rows ode --threads 1 --repeats 11
-
-Each row runs both sides in turns on the same numbers, ``repeats`` times after one round that is not counted (compilation), and gives the
-median of each in milliseconds and the ratio of the medians, for each number of threads.
+"""Rows of `speed.py`: how fast waiting is beside torchdiffeq.
 
 ``ode``: value and gradient of a wait of the latent state, 512 cells × 16, beside dopri5 of torchdiffeq at its tolerances of 1e-5 and 1e-6.
 Our number of steps is the smallest power of two whose error, against float64 at 1e-10, is not larger. ``plain`` is the same field as a
@@ -14,17 +8,15 @@ user's own, which tells nothing of what is constant; ``default`` is the number o
 zero-inflated negative binomial.
 """
 
-import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from interleaved import interleaved, row
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
@@ -38,17 +30,6 @@ from perturbprob.measurement.counts import ZeroInflatedNegativeBinomial
 N_CELLS, N_LATENT = 512, 16
 WAIT = 2.0
 """In median waits: the last of four days."""
-
-
-def interleaved(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median time of each side in milliseconds, the sides taken in turns. A side may time itself, and return seconds."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + 1):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            own, end = step(), time.perf_counter()
-            times[name].append(1e3 * (own if isinstance(own, float) else end - start))
-    return {name: median(every[1:]) for name, every in times.items()}
 
 
 class Own(nn.Module):
@@ -120,12 +101,7 @@ def ode(repeats: int) -> dict[str, Any]:
     n_steps = next(n for n in (1, 2, 4, 8, 16, 32, 64) if error_of(ours(move, n), exact) <= bound)
     ends = {"perturbprob": ours(move, n_steps), "peer": theirs, "plain": ours(own, n_steps), "default": ours(move, 2)}
     times = interleaved({name: back(end) for name, end in ends.items()}, repeats)
-    return {
-        "ratio": round(times["peer"] / times["perturbprob"], 2),
-        "ms": {name: round(t, 2) for name, t in times.items()},
-        "n_steps": n_steps,
-        "error": {name: error_of(end, exact) for name, end in ends.items()},
-    }
+    return row(times, n_steps=n_steps, error={name: error_of(end, exact) for name, end in ends.items()})
 
 
 def error_of(end: Callable[[], Tensor], exact: Tensor) -> float:
@@ -160,30 +136,4 @@ def node_epoch(repeats: int, minibatch: int = 256) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         times = interleaved({name: epoch(model) for name, model in models.items()}, repeats)
-    return {"ratio": round(times["peer"] / times["perturbprob"], 2), "ms": {name: round(t) for name, t in times.items()}}
-
-
-ROWS: dict[str, Callable[[int], dict[str, Any]]] = {"ode": ode, "node_epoch": node_epoch}
-
-
-def main() -> None:
-    """Run the rows that are asked for, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    table: dict[str, Any] = {name: {} for name in options.rows}
-    for name in options.rows:
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            table[name][str(threads)] = ROWS[name](options.repeats)
-            if not options.json:
-                print(name, f"{threads} threads", table[name][str(threads)], flush=True)
-    if options.json:
-        print(json.dumps(table, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    return row(times)
