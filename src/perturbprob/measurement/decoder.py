@@ -1,6 +1,6 @@
 """State to log rate."""
 
-from typing import final
+from typing import cast, final
 
 import torch
 from jaxtyping import Float
@@ -52,6 +52,9 @@ class Decoder(nn.Module):
 
     def logits(self, z: Float[Tensor, "*plate latent"], offset: Float[Tensor, "*#plate gene"]) -> Float[Tensor, "*plate gene"]:
         """Return what the shares are a softmax of."""
+        if z.ndim == offset.ndim == 2:  # a minibatch: added up by the product itself
+            *first, last = self.network
+            return torch.addmm(offset, nn.Sequential(*first)(z), cast("nn.Linear", last).weight.mT)
         return self.network(z) + offset
 
 

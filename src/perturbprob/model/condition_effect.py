@@ -185,8 +185,11 @@ class ConditionEffect(PyroModule):
         return [node for node in dict.fromkeys(n for part in conditions for n in part) if node not in self._number]
 
     def total(self, effect: Float[Tensor, "node gene"], rows: Int[Tensor, "condition part"]) -> Float[Tensor, "condition gene"]:
-        """Add up the effects of each condition's nodes."""
-        return torch.nn.functional.pad(effect, (0, 0, 0, 1))[rows].sum(-2)
+        """Add up the effects of each condition's nodes, once for rows that are alike."""
+        if not rows.shape[-1]:
+            return effect.new_zeros(len(rows), effect.shape[-1])
+        different, place = rows.unique(dim=0, return_inverse=True)
+        return torch.nn.functional.pad(effect, (0, 0, 0, 1))[different].sum(-2).index_select(0, place)
 
     def completed(self, sites: dict[str, Tensor], extra: Sequence[Node]) -> dict[str, Tensor]:
         """Return one draw of the global sites with a draw of the effects of ``extra`` nodes behind the others."""
