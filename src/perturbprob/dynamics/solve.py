@@ -78,7 +78,7 @@ class Solver:
             raise ValueError("A solver needs 1 <= n_steps <= max_steps, a tolerance above 0 and check_every of at least 1.")
         self.method, self.n_steps, self.max_steps = method, n_steps, max_steps
         self.tolerance, self.check_every = tolerance, check_every
-        self._solves = 0
+        self.n_solves = 0
 
     def __call__(self, slope: Slope, state: Float[Tensor, "*plate state"]) -> Float[Tensor, "*plate state"]:
         """Return y(1) of dy/ds = slope(s, y), y(0) = state."""
@@ -86,10 +86,10 @@ class Solver:
             return self._reference(slope, state)
         if not torch.is_grad_enabled():
             return self._doubled(slope, state)[1]
-        if self._solves % self.check_every == 0:
+        if self.n_solves % self.check_every == 0:
             with torch.no_grad():
                 self.n_steps = self._doubled(slope, state.detach())[0]
-        self._solves += 1
+        self.n_solves += 1
         return _steps(slope, state, self.n_steps)
 
     def _doubled(self, slope: Slope, state: Float[Tensor, "*plate state"]) -> tuple[int, Float[Tensor, "*plate state"]]:

@@ -1,8 +1,8 @@
 """Counts that stay on disk, in h5ad or zarr: rows are read when they are asked for."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -65,7 +65,7 @@ class StoredCounts:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open file behind."""
-        return {name: value for name, value in self.__dict__.items() if name != "_matrix"}
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def __getattr__(self, name: str) -> Any:
         """Say what to do about what only a matrix in memory can do."""
@@ -75,11 +75,15 @@ class StoredCounts:
             f"These counts stay on disk and have no {name!r}: take screen.in_memory(), or a part, screen[cells].in_memory()."
         )
 
-    @cached_property
+    @property
     def _matrix(self) -> Any:
-        """The matrix in the open store, which slices of rows are read from."""
-        self._check()
-        return _rows_of(open_store(self.path), self.key, self.path)
+        """The matrix in the open store, which slices of rows are read from; a process that was split off opens it anew."""
+        process, matrix = self.__dict__.get("_opened", (None, None))
+        if process != os.getpid():
+            self._check()
+            matrix = _rows_of(open_store(self.path), self.key, self.path)
+            self.__dict__["_opened"] = os.getpid(), matrix
+        return matrix
 
     def _check(self) -> None:
         """Refuse a store that is not what it was."""

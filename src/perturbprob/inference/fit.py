@@ -7,29 +7,34 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pyro
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64, Int
 from pyro.infer import Trace_ELBO
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.settings import check_seed
+from perturbprob.inference.arguments import check_arguments, default_minibatch
 from perturbprob.inference.at_rest import AtRestLoss
+from perturbprob.inference.blame import blame
+from perturbprob.inference.checkpoint import Checkpoint, about
 from perturbprob.inference.depth import DepthLaw
+from perturbprob.inference.distributed import ALONE, Processes, launched
 from perturbprob.inference.draws import bar
 from perturbprob.inference.loader import shuffled
 from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
+from perturbprob.inference.seen import trained_on
 from perturbprob.inference.verdict import verdict
-from perturbprob.measurement.counts import CountHead, CountLaw
-from perturbprob.measurement.fused import NoCount, no_count
+from perturbprob.measurement.counts import CountHead
+from perturbprob.measurement.fused import NoCount
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells, CellTable
 from perturbprob.model.guide import Guide, node_design
@@ -136,6 +141,10 @@ def fit(
     each_epoch: Callable[[Fit], object] | None = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    devices: int = 1,
+    strategy: str = "auto",
+    num_nodes: int = 1,
 ) -> Fit:
     """Fit the posterior of a model by stochastic variational inference.
 
@@ -155,13 +164,20 @@ def fit(
     ``each_epoch`` is called after every epoch with a copy of the fit as it then is, such as to score it on conditions that it has not seen
     (`select`); if it returns True the training ends there. It does not change the training otherwise.
     The model passed in is not changed. A loss that is not finite stops with `NonFiniteLoss`.
+
+    Other arguments: after every epoch the file ``checkpoint`` is written, and the same call goes on from it where it exists, as if it had
+    never stopped, or in another number of processes; that of another model, screen or settings is refused. ``devices`` processes on each
+    of ``num_nodes`` machines share the work (extra ``distributed``), on CPUs or the GPUs of the model's kind: each takes its part of every
+    minibatch, and draws noise of its own (``seed`` + rank), and all end with the same parameters. Without SLURM or torchrun,
+    whose number of processes is taken over, ``strategy`` "ddp" runs the script once for each, and "ddp_notebook" splits them off; "auto"
+    chooses. Each returns the fit, and ``each_epoch`` and progress are those of the first. "paths" and "kds" compare cells within each part.
     """
     require_screen(screen, partial=True)
     check_seed(seed)
     objective = chosen_objective(objective, distance, model)
-    minibatch = _default_minibatch(screen, objective) if minibatch is None else minibatch
+    minibatch = default_minibatch(screen, objective) if minibatch is None else minibatch
     numbers = {"epochs": epochs, "minibatch": minibatch, "patience": patience, "warmup": warmup}
-    _check_arguments(model, screen, **numbers, learning_rate=learning_rate, validation=validation)
+    check_arguments(model, screen, **numbers, learning_rate=learning_rate, validation=validation)
     if objective == "kds" and minibatch < min(screen.n_cells, 2 * len(screen.conditions)):
         raise ValueError(
             f"objective='kds' compares cells of one condition, and a minibatch of {minibatch} holds hardly two of each of the "
@@ -173,9 +189,13 @@ def fit(
     with torch.random.fork_rng():
         pyro_state = pyro.util.get_rng_state()
         try:
-            start = time.perf_counter()
-            fitted = _Training(copy.deepcopy(model), screen, settings, seed).run(progress, each_epoch)
-            return replace(fitted, seconds=time.perf_counter() - start)
+
+            def work(processes: Processes) -> Fit:
+                training = _Training(copy.deepcopy(model), screen, settings, seed, processes)
+                return replace(training.run(progress, each_epoch, checkpoint), screen=None)
+
+            fitted = launched(work, model.log_share.device, devices=devices, strategy=strategy, num_nodes=num_nodes)
+            return replace(fitted, screen=screen)
         except SolverError as error:
             # Pyro raises errors again with its own trace behind the message
             raise SolverError(str(error).split("\n")[0]) from None
@@ -183,39 +203,15 @@ def fit(
             pyro.util.set_rng_state(pyro_state)
 
 
-def _default_minibatch(screen: Screen, objective: str) -> int:
-    """Return a fiftieth of the cells within bounds; where cells of one condition are compared, at least eight for each."""
-    size = min(256, max(32, screen.n_cells // 50))
-    return max(size, 8 * len(screen.conditions)) if objective == "kds" else size
-
-
-def _check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
-    """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
-    for name, value in numbers.items():
-        low, high = {"validation": (0, 0.9), "learning_rate": (1e-8, 1), "warmup": (0, 10**9)}.get(name, (1, 10**9))
-        kind, what = (Real, "number") if name in ("validation", "learning_rate") else (int, "whole number")
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ValueError(f"{name} must be a {what}; got {value!r}.")
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
-    if lacking := sorted(set(model.assays) - set(screen.assays)):
-        raise ValueError(f"The model has the assay {lacking[0]!r} and the screen has not. Make the model from this screen.")
-    if screen.n_cells < 2:
-        raise ValueError(f"A fit needs at least 2 cells; the screen has {screen.n_cells}.")
-    if not model.vocabulary.perturbations and not model.vocabulary.media and len(screen.times) < 2:
-        warnings.warn(
-            "The screen has one condition: the variation between its cells can be learnt, but no effect of a perturbation, media or time.",
-            stacklevel=3,
-        )
-
-
 class _Training:
     """The state of one training run."""
 
-    def __init__(self, model: CellModel, screen: Screen, settings: dict[str, Any], seed: int) -> None:
+    def __init__(self, model: CellModel, screen: Screen, settings: dict[str, Any], seed: int, processes: Processes = ALONE) -> None:
         """Seed, split the cells, and warm up the ELBO before the optimiser is made."""
+        self.start = time.perf_counter()
         pyro.set_rng_seed(seed)
-        self.model, self.screen, self.settings, self.seed = model, screen, settings, seed
+        self.model, self.screen, self.settings, self.seed, self.processes = model, screen, settings, seed, processes
+        processes.same(model)
         self.table = CellTable(model, screen)
         order = torch.randperm(screen.n_cells)
         n_held = min(int(settings["validation"] * screen.n_cells), screen.n_cells - 1)
@@ -239,12 +235,17 @@ class _Training:
             return AtRestLoss(self.model, self.guide, self.table, self.training)
         return Trace_ELBO()(self.model, self.guide) if self.model.penetrance is None else EscapeLoss(self.model, self.guide)
 
-    def run(self, progress: bool, each_epoch: Callable[[Fit], object] | None = None) -> Fit:
+    def run(self, progress: bool, each_epoch: Callable[[Fit], object] | None = None, path: str | Path | None = None) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
+        checkpoint = self._checkpoint(path)
         self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
+        self.processes.same(self.elbo)
         optimiser = torch.optim.Adam(self._groups(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
-        epochs = bar(range(self.settings["epochs"]), "fit", "epoch", progress=progress)
+        self.processes.part_ways(self.seed)
+        ended = checkpoint.resume(self, optimiser, fall)
+        left = range(0 if ended else self.settings["epochs"])[len(self.losses["train"]) :]
+        epochs = bar(left, "fit", "epoch", progress=progress and self.processes.leads)
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # NonFiniteLoss says more
             for epoch in epochs:
@@ -252,18 +253,28 @@ class _Training:
                 fall.step()
                 epochs.set_postfix(loss=f"{self.losses['train'][-1]:.4f}")
                 stop = self._stop(epoch)
-                if self._asked(each_epoch) or stop:
+                stop = self._asked(each_epoch) or stop
+                checkpoint.keep(self, optimiser, fall, ended=stop)
+                if stop:
                     break
             epochs.close()
         self.elbo.load_state_dict(self.best)
         return self._fit(self.elbo)
+
+    def _checkpoint(self, path: str | Path | None) -> Checkpoint:
+        """Return the file that this training is written to; see that all processes are in the same training."""
+        if path is None and self.processes.n == 1:
+            return Checkpoint(None, {})
+        marks = about(self.model, self.screen, self.settings | {"seed": self.seed})
+        self.processes.alike(marks)
+        return Checkpoint(path, marks)
 
     def _asked(self, each_epoch: Callable[[Fit], object] | None) -> bool:
         """Show the fit as it is to whoever wants to see it; say whether the training is to end."""
         if each_epoch is None:
             return False
         with torch.random.fork_rng(), pyro.validation_enabled():
-            return each_epoch(self._fit(copy.deepcopy(self.elbo))) is True
+            return self.processes.first(lambda: each_epoch(self._fit(copy.deepcopy(self.elbo))) is True)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return all parameters, those of π with a learning rate of their own."""
@@ -274,23 +285,43 @@ class _Training:
 
     def _epoch(self, optimiser: torch.optim.Optimizer) -> float:
         """Take one pass over the training cells; return the mean loss per cell and gene."""
-        scale, total, n_steps = len(self.training) * self.screen.n_genes, 0.0, 0
+        total, n_steps = 0.0, 0
         self.guide.hold(held=self._warmth() < 1)
-        for index, counts in shuffled(self.screen.counts, self.training, self.settings["minibatch"]):
-            sparse = self.reads_sparse and stays_sparse(counts, self.model.log_share.device)
-            cells = self.table.unfolded(index, len(self.training), self._warmth(), counts, sparse=sparse)
-            try:
-                loss = self.elbo(cells) / (scale if self.settings["objective"] == "elbo" else 1)
-            except NoCount:
-                raise NonFiniteLoss(self._blame(cells, index), self._fit(self.elbo)) from None
+        for index, counts in shuffled(self.screen.counts, self.training, self.settings["minibatch"], self.processes):
             optimiser.zero_grad()
-            loss.backward()
+            own = self._backward(index, counts)
+            loss = self.processes.averaged(self.elbo, own, len(index))
             norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
             if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise NonFiniteLoss(self._blame(cells, index), self._fit(self.elbo))
+                elsewhere = not len(index) or bool(own.isfinite() and not loss.isfinite())
+                raise NonFiniteLoss(blame(self, index, counts, elsewhere=elsewhere), self._fit(self.elbo))
             optimiser.step()
             self.step, total, n_steps = self.step + 1, total + float(loss.detach()), n_steps + 1
+        self._agree_on_steps()
         return total / n_steps
+
+    def _backward(self, index: Int[Tensor, " cell"], counts: csr_array) -> Float[Tensor, ""]:
+        """Return the loss of a minibatch per cell and gene, NaN where a law has no density, with its gradients left at the parameters."""
+        if not len(index):
+            return self.model.log_share.new_zeros(())
+        scale = len(self.training) * self.screen.n_genes if self.settings["objective"] == "elbo" else 1
+        try:
+            loss = self.elbo(self.cells(index, counts)) / scale
+        except NoCount:
+            return self.model.log_share.new_tensor(torch.nan)
+        loss.backward()
+        return loss
+
+    def cells(self, index: Int[Tensor, " cell"], counts: csr_array) -> Cells:
+        """Return the cells of a minibatch."""
+        sparse = self.reads_sparse and stays_sparse(counts, self.model.log_share.device)
+        return self.table.unfolded(index, len(self.training), self._warmth(), counts, sparse=sparse)
+
+    def _agree_on_steps(self) -> None:
+        """Let all processes solve their waits with as many steps as the one that needs most."""
+        solver = self.model.transition.solver
+        if solver is not None:
+            solver.n_steps = max(self.processes.gathered(solver.n_steps))
 
     def _warmth(self) -> float:
         """Return the weight of the cells' KL term, which rises over the warm-up: else latent dimensions die before they are of use."""
@@ -313,33 +344,11 @@ class _Training:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if self.settings["objective"] != "elbo":
-                return float(self.elbo.between_cells(self.table.cells(self.held, len(self.held))))
-            loss, held = EscapeLoss(self.model, self.guide), self.held.split(self.settings["minibatch"])
+                return self.processes.agreed(float(self.elbo.between_cells(self.table.cells(self.held, len(self.held)))))
+            loss, held = EscapeLoss(self.model, self.guide), self.processes.part(self.held.split(self.settings["minibatch"]))
             total = sum(float(loss.between_cells(self.table.unfolded(index, len(index)))) for index in held)
+            total = sum(self.processes.gathered(total))
         return total / (len(self.held) * self.screen.n_genes)
-
-    @torch.no_grad()
-    def _blame(self, cells: Cells, index: Tensor) -> str:
-        """Say at which step, site, batch, cells and genes the loss is not finite."""
-        if self.settings["objective"] == "kds":
-            return f"The loss is not finite at step {self.step}. The last good parameters are kept in error.fit. Lower learning_rate."
-        index = index if cells.hits is None else index[cells.hits.of.cpu()]
-        cells = replace(cells, counts=cells.counts.to_dense())
-        encodes = self.settings["objective"] == "elbo"
-        guide = pyro.poutine.trace(self.guide).get_trace(cells) if encodes else pyro.poutine.trace(self.guide.globals).get_trace()
-        model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
-        bad = [n for t in (guide, model) for n, s in t.nodes.items() if s["type"] == "sample" and not _finite(s)]
-        law = model.nodes["counts"]["fn"].base_dist
-        wrong = ~torch.isfinite(law.log_prob(cells.counts)) | (no_count(cells.counts) if isinstance(law, CountLaw) else False)
-        worst = index[wrong.any(-1).cpu()] if wrong.any() else index[cells.counts.sum(-1).topk(min(3, len(index))).indices.cpu()]
-        genes = [self.screen.genes[int(g)] for g in torch.where(wrong.any(0))[0][:3]] or ["none by itself"]
-        where = sorted({self.screen.batches[b] for b in self.screen.batch[worst.numpy()]})
-        return (
-            f"The loss is not finite at step {self.step} (site {', '.join(dict.fromkeys(bad)) or 'gradient'}; "
-            f"batch {', '.join(where[:3])}; worst cells {', '.join(self.screen.cells[int(c)] for c in worst[:3])}; "
-            f"genes {', '.join(genes)}). The last good parameters are kept "
-            "in error.fit. Look at these cells' counts and size factors, or lower learning_rate."
-        )
 
     def _log_size_factor(self) -> Float64[np.ndarray, " cell"]:
         """Return the log size factors of the cells whose RNA was measured."""
@@ -362,35 +371,5 @@ class _Training:
             versions={name: version(name) for name in ("perturbprob", "torch", "pyro-ppl", "numpy")}
             | {"python": platform.python_version()},
             screen=self.screen,
+            seconds=time.perf_counter() - self.start,
         )
-
-
-def _finite(site: dict[str, Any]) -> bool:
-    """Say whether a site's value and log-density are finite."""
-    try:
-        log_prob = site["fn"].log_prob(site["value"])
-    except NoCount:
-        return False
-    return bool(torch.isfinite(site["value"]).all() and torch.isfinite(log_prob).all())
-
-
-def trained_on(screen: Screen) -> dict[str, Any]:
-    """Record what a fit has seen: cells, cells per condition and batch, and per assay and batch, and what is confounded."""
-    table = np.zeros((len(screen.conditions), len(screen.batches)), dtype=int)
-    np.add.at(table, (screen.condition, screen.batch), 1)
-    conditions = {
-        repr(c): {b: int(n) for b, n in zip(screen.batches, row, strict=True) if n} for c, row in zip(screen.conditions, table, strict=True)
-    }
-    nested = [pair for pair in screen.layout.nested() if pair[0] == "batch"]
-    confounded = [list(pair) for pair in [*screen.layout.confounded(), *nested]]
-    assays = {
-        name: dict(zip(screen.batches, np.bincount(screen.batch, assay.present, len(screen.batches)).astype(int).tolist(), strict=True))
-        for name, assay in screen.assays.items()
-    }
-    aliased = [list(names) for names in dict.fromkeys(tuple(alias.levels) for alias in screen.layout.aliases())]
-    sgrnas = {}
-    if screen.sgrna is not None:
-        each = [np.unique(screen.sgrna[screen.condition == k].astype(str), return_counts=True) for k in range(len(screen.conditions))]
-        sgrnas = {repr(c): dict(zip(*(part.tolist() for part in own), strict=True)) for c, own in zip(screen.conditions, each, strict=True)}
-    seen = {"sgrnas": sgrnas, "conditions": conditions, "confounded": confounded, "aliased": aliased, "assays": assays}
-    return {"cells": list(map(str, screen.cells)), "columns": screen.columns} | seen

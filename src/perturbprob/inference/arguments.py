@@ -1,0 +1,33 @@
+"""The settings of a training: their defaults, and what is refused."""
+
+import warnings
+from numbers import Real
+
+from perturbprob.experiment.screen import Screen
+from perturbprob.model.cell_model import CellModel
+
+
+def default_minibatch(screen: Screen, objective: str) -> int:
+    """Return a fiftieth of the cells within bounds; where cells of one condition are compared, at least eight for each."""
+    size = min(256, max(32, screen.n_cells // 50))
+    return max(size, 8 * len(screen.conditions)) if objective == "kds" else size
+
+
+def check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
+    """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
+    for name, value in numbers.items():
+        low, high = {"validation": (0, 0.9), "learning_rate": (1e-8, 1), "warmup": (0, 10**9)}.get(name, (1, 10**9))
+        kind, what = (Real, "number") if name in ("validation", "learning_rate") else (int, "whole number")
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {what}; got {value!r}.")
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
+    if lacking := sorted(set(model.assays) - set(screen.assays)):
+        raise ValueError(f"The model has the assay {lacking[0]!r} and the screen has not. Make the model from this screen.")
+    if screen.n_cells < 2:
+        raise ValueError(f"A fit needs at least 2 cells; the screen has {screen.n_cells}.")
+    if not model.vocabulary.perturbations and not model.vocabulary.media and len(screen.times) < 2:
+        warnings.warn(
+            "The screen has one condition: the variation between its cells can be learnt, but no effect of a perturbation, media or time.",
+            stacklevel=3,
+        )
