@@ -80,18 +80,18 @@ class Checkpoint:
         path = self.path
         if path is None or not path.exists():
             return None
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is not a checkpoint, or is damaged. Name another file, or delete it to start afresh.")
         try:
             kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"{path} cannot be read as a checkpoint: {first[:200]}. Name another file, or delete it to start afresh."
-            ) from error
+        except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(f"{path} cannot be read as a checkpoint: {first}. Name another file, or delete it.") from error
         if not isinstance(kept, dict) or kept.get("format") != FORMAT:
             raise ValueError(f"{path} is not a checkpoint that this version of perturbprob writes. Name another file, or delete it.")
         if other := [name for name in WHAT if kept["marks"][name] != self.marks[name]]:
             raise ValueError(
-                f"{path} was written by another training: another {' and '.join(other)}{self._settings(kept['marks'])}. Name another file "
+                f"{path} belongs to another training: not the same {' and '.join(other)}{self._settings(kept['marks'])}. Name another file "
                 "in checkpoint=, or delete this one to start afresh."
             )
         return kept

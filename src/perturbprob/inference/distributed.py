@@ -225,6 +225,7 @@ def _forked(fabric: Any, work: Callable[[Processes], Result], file: Path) -> Res
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
     def left(fabric: Any) -> None:
+        torch.set_num_threads(1)  # the threads of a pool do not come along, and it would wait for them forever
         result = _within(work, fabric)
         if fabric.global_rank == 0:
             file.write_bytes(pickle.dumps(result))

@@ -60,7 +60,7 @@ def _block(n_cells: int, n: int) -> int:
     return BLOCK if n == 1 else min(BLOCK, max(1, n_cells // (8 * n)))
 
 
-def _from_disk(counts: StoredCounts, blocks: Sequence[Int[Tensor, " cell"]], minibatch: int) -> Iterator[Batch]:
+def _from_disk(counts: StoredCounts, blocks: Sequence[Tensor], minibatch: int) -> Iterator[Batch]:
     """Read a buffer of blocks while the one before is used; what is left over of it comes first in the next."""
     buffers = [torch.cat(list(blocks[first : first + BUFFER])) for first in range(0, len(blocks), BUFFER)]
     rest, rest_counts = buffers[0][:0], csr_array((0, counts.shape[1]), dtype="float32")
