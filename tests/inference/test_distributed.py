@@ -1,6 +1,7 @@
 """Several processes: alike to the last bit, together what one would be, and none waits for one that ended."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -99,6 +100,14 @@ def test_a_training_goes_on_in_another_number_of_processes(results: list[dict[st
 def test_an_error_of_the_first_process_is_told_in_all(results: list[dict[str, Any]]) -> None:
     assert results[1]["error"] == "ZeroDivisionError: stopped here"
     assert results[2]["error"] == "RuntimeError: The first process of the training failed: ZeroDivisionError: stopped here"
+
+
+@together
+def test_a_loss_that_is_not_finite_is_blamed_by_the_process_that_has_the_cells(results: list[dict[str, Any]]) -> None:
+    alone, *both = (result["spoilt"] for result in results)
+    step, cell = re.search(r"at step \d+", alone)[0], re.search(r"worst cells \w+", alone)[0]
+    assert sorted(cell in said for said in both) == [False, True]
+    assert sorted(f"{step}, in the part of another process, which says more" in said for said in both) == [False, True]
 
 
 @together

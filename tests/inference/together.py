@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def stopped(path: Path) -> str:
     return "no error"
 
 
+def spoilt() -> str:
+    """Return the error of a training that meets a value that is no count."""
+    counts = screen.counts.copy()
+    counts.data[counts.indptr[7]] = 1e38
+    try:
+        trained(replace(screen, counts=counts), 1, validation=0.0)
+    except pb.NonFiniteLoss as error:
+        return str(error)
+    return "no error"
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -82,4 +94,5 @@ if __name__ == "__main__":
     if n > 1:
         result["again"] = trained(screen, 4, checkpoint=folder / "1.pt")
     result["error"] = stopped(folder / f"{n}.pt")
+    result["spoilt"] = spoilt()
     torch.save(result, folder / f"result{n}{os.environ.get('LOCAL_RANK', 0)}")

@@ -337,7 +337,7 @@ def _moments(screen: "Screen") -> tuple[Float[Tensor, " gene"], Float[Tensor, " 
     x, s, n = screen.counts, screen.size_factor.astype(np.float64), screen.n_cells
     mean = np.asarray(x.sum(0)).ravel() / s.sum() + 1e-6
     square = mean**2 * np.sum(s**2)
-    squares = sum(np.asarray(part.power(2).sum(0)).ravel() for _, part in blocks(x))
+    squares = sum(np.asarray(part.multiply(part).sum(0)).ravel() for _, part in blocks(x))
     excess = (squares - 2 * mean * (s @ x) + square - mean * s.sum()) / square
     information = n / 2 * (mean / (mean + 1)) ** 2
     overall = np.average(excess.clip(0.02, 20), weights=information)
