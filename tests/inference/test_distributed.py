@@ -22,6 +22,7 @@ from perturbprob.inference.fit import _Training
 from perturbprob.inference.loader import shuffled
 from perturbprob.inference.objective import EscapeLoss
 from perturbprob.measurement import fused
+from perturbprob.model.sparse_input import stays_sparse
 
 HERE = Path(__file__).parent
 SETTINGS = {"epochs": 2, "warmup": 1, "progress": False}
@@ -216,6 +217,7 @@ def test_away_from_the_cpu_a_step_is_torch_all_through(screen: pb.Screen, monkey
     for module in (fused, hidden_layer):
         monkeypatch.setattr(module, "load", lambda *_: pytest.fail("a compiled pass was taken"))
     true = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "unique", lambda self, **_: (self, torch.arange(len(self), device=self.device)))
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: self.is_meta or true(self))  # where numbers decide what is computed
     training.elbo.to("meta")
     training.table.segments = [segment.to(torch.device("meta")) for segment in training.table.segments]
@@ -223,6 +225,7 @@ def test_away_from_the_cpu_a_step_is_torch_all_through(screen: pb.Screen, monkey
         loss = EscapeLoss(training.model, training.guide)(training.cells(index, screen.counts[index.numpy()]))  # Pyro's asks for a number
     loss.backward()
     assert loss.device.type == "meta"
+    assert not stays_sparse(csr_array((64, 12), dtype="float32"), loss.device)
     assert {p.grad.device.type for p in training.elbo.parameters() if p.grad is not None} == {"meta"}
 
 
