@@ -137,7 +137,7 @@ def false_hits(
     return xr.Dataset({name: empty.copy(data=row) for name, row in zip(("edited", "control"), mean, strict=True)})
 
 
-def _stand_ins(screen: "Screen", rng: np.random.Generator) -> list[tuple[int, Int64[np.ndarray, " cell"], Int64[np.ndarray, " cell"]]]:
+def _stand_ins(screen: "Screen", rng: np.random.Generator) -> list[tuple[int, Int64[np.ndarray, " edited"], Int64[np.ndarray, " control"]]]:
     """Return the cells of each condition of one perturbation in each batch, and at most as many control cells beside, in random order."""
     codes, found = {condition: k for k, condition in enumerate(screen.conditions)}, []
     for k, condition in enumerate(screen.conditions):
