@@ -50,7 +50,7 @@ def peer() -> tuple[str, Callable[..., Tensor]]:
         from scvi.distributions._negative_binomial import log_zinb_positive
     except ImportError:
         return "formula of scvi-tools, which is not installed", published_log_zinb
-    return f"scvi-tools {version('scvi-tools')}", log_zinb_positive
+    return f"scvi-tools {versions()['scvi-tools']}", log_zinb_positive
 
 
 def zinb(n_genes: int, zeros: float, repeats: int) -> dict[str, Any]:

@@ -32,17 +32,17 @@ class Plain(nn.Module):
         return self.field(z, perturbation, media, clock)
 
 
-def relaxing(plate=(), n_cells=70, seeds=(), n_latent=5, n_hidden=7, dtype=torch.float64, seed=0):
+def relaxing(plate=(), n_cells=70, n_latent=5, n_hidden=7, dtype=torch.float64, seed=0):
     """A slope of which everything but the pace wants a gradient, and a state."""
     random = torch.Generator().manual_seed(seed)
 
     def leaf(*shape):
         return torch.randn(*shape, generator=random, dtype=dtype).requires_grad_()
 
-    rows, each = (*seeds, *plate, n_cells), (*seeds, 1) if seeds else ()
-    push = HiddenLayer(leaf(*seeds, n_latent, n_hidden), leaf(*rows, n_hidden), leaf(*seeds, n_hidden, n_latent), leaf(*each, n_latent))
+    rows = (*plate, n_cells)
+    push = HiddenLayer(leaf(n_latent, n_hidden), leaf(*rows, n_hidden), leaf(n_hidden, n_latent), leaf(n_latent))
     pace = torch.rand(*rows, 1, generator=random, dtype=dtype)
-    return RelaxingLayer(push, leaf(*each, n_latent), pace), leaf(*rows, n_latent)
+    return RelaxingLayer(push, leaf(n_latent), pace), leaf(*rows, n_latent)
 
 
 def with_gradients(end, slope, state):
@@ -69,7 +69,6 @@ def assert_compiled(end):
         {"n_cells": 64},
         {"plate": (3,), "n_cells": 2},
         {"plate": (2, 3)},
-        {"seeds": (3,)},
         {"n_latent": 9, "n_hidden": 16},
     ],
     ids=str,
@@ -177,7 +176,13 @@ def test_seeds_at_once_are_each_by_itself():
     push = given(field, z0, perturbation, media)
     clock = torch.zeros(3, 6, 1, dtype=torch.float64)
     torch.testing.assert_close(push(delta, clock), field(z0 + delta, perturbation, media, clock), rtol=1e-12, atol=1e-12)
-    assert_compiled(RelaxingLayer(push, torch.zeros((), dtype=torch.float64), clock + 1).steps(delta, 2))
+    slope = RelaxingLayer(push, torch.rand(3, 1, 4, generator=random, dtype=torch.float64), clock + 1)
+    assert torch.equal(slope.steps(delta, 2), runge_kutta(slope, delta, 2))
+
+
+def test_steps_of_a_wide_layer_are_left_to_torch():
+    slope, state = relaxing(n_latent=33, n_hidden=64)
+    assert torch.equal(slope.steps(state, 2), runge_kutta(slope, state, 2))
 
 
 def test_one_cell_that_is_not_finite_leaves_the_others_alone():

@@ -185,15 +185,13 @@ def test_threads_do_not_change_the_result(monkeypatch):
 def test_rows_of_a_sparse_matrix_are_the_same_counts():
     from scipy.sparse import csr_array
 
-    from perturbprob.measurement import kernel
+    from perturbprob.model.sparse_input import as_tensor
 
     for zero in (0.95, 0.3):
         values, row, counts = parts("zero_inflated", zero=zero)
         given = fused._Given(*values, row, True, counts)
         dense = fused.taken(given, torch.ones(6), (True,) * 5)
-        rows = csr_array(counts.numpy())
-        sparse = kernel.Counts(counts.numpy()[:0], rows.indptr.astype("int64"), rows.indices, rows.data)
-        same = fused.taken(given, torch.ones(6), (True,) * 5, sparse)
+        same = fused.taken(given._replace(counts=as_tensor(csr_array(counts.numpy()))), torch.ones(6), (True,) * 5)
         torch.testing.assert_close(same[0], dense[0], rtol=1e-6, atol=0)
         for one, other in zip(same[1], dense[1], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -12,14 +12,17 @@ from torch import Tensor
 from perturbprob.compiled import load
 from perturbprob.dynamics.solve import OwnSteps, runge_kutta
 
+NARROW = 2048
+"""Up to so many entries of A the compiled steps are faster; the products of wider layers are better left to torch."""
+
 
 @final
 @dataclass(frozen=True)
 class HiddenLayer:
     """A push tanh(δ A + c) B + b, a function of the deviation δ alone: what rest state and marks tell the hidden units stands in c.
 
-    ``inner`` is A, ``shift`` c, ``outer`` B and ``offset`` b. Called with δ and a clock, which it does not read. A, B and b may have a
-    first axis of seeds, which then is the first axis of every state, too.
+    ``inner`` is A, ``shift`` c, ``outer`` B and ``offset`` b. Called with δ and a clock, which it does not read. A and B may have a first
+    axis of seeds, and b (seed, 1, latent), where every state has one.
 
     >>> one = torch.ones(1, 1)
     >>> HiddenLayer(one, -one, one, 2 * one[0])(one, one)
@@ -57,19 +60,19 @@ class RelaxingLayer(OwnSteps):
             return runge_kutta(self, state, n_steps)
         layer, rows = self.push, state.shape[:-1]
         shift, pace, decay = _expanded(layer.shift, rows), _expanded(self.pace, rows), self.decay
-        decay = decay if decay.shape == layer.offset.shape else decay.expand_as(layer.offset)
+        decay = decay.expand_as(layer.offset)
         return _Steps.apply(state, shift, pace, layer.inner, layer.outer, layer.offset, decay, n_steps)
 
     def _fits(self, state: Float[Tensor, "*plate cell latent"]) -> bool:
-        """Say whether the compiled steps can be taken: a CPU, one precision, a wait that is given, no transform of torch.func, numba."""
-        layer, seeds = self.push, self.push.inner.shape[:-2]
+        """Say whether the compiled steps can be taken: one narrow layer, a CPU, one precision, a given wait, no torch.func, numba."""
+        layer = self.push
         parts = (state, layer.inner, layer.shift, layer.outer, layer.offset, self.decay, self.pace)
         if any(part.device.type != "cpu" or part.dtype != state.dtype for part in parts) or self.pace.requires_grad:
             return False
         if state.dtype not in (torch.float32, torch.float64) or state.numel() == 0 or torch._C._are_functorch_transforms_active():
             return False
-        vectors = layer.offset.numel() == seeds.numel() * state.shape[-1] and self.decay.ndim <= layer.offset.ndim
-        return vectors and len(seeds) < 2 and state.shape[:-2][: len(seeds)] == seeds and kernel() is not None
+        one = layer.inner.ndim == 2 and layer.offset.ndim == 1 and self.decay.ndim < 2
+        return one and layer.inner.numel() <= NARROW and kernel() is not None
 
 
 def _expanded(part: Float[Tensor, "*part size"], rows: torch.Size) -> Float[Tensor, "*rows size"]:
@@ -83,18 +86,16 @@ def kernel() -> ModuleType | None:
 
 
 class _Steps(torch.autograd.Function):
-    """The steps of `runge_kutta` without a graph, seed by seed."""
+    """The steps of `runge_kutta` without a graph."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Float[Tensor, "*plate cell latent"]:
         """Take the steps of (state, shift, pace, A, B, b, γ, number of steps); keep the state before each step."""
         *given, n_steps = inputs
-        compiled, arrays = kernel(), _arrays(given)
-        end, (n_seeds, n_rows, n_latent) = np.empty_like(arrays[0]), arrays[0].shape
-        kept = np.empty((n_seeds, -(-n_rows // compiled.LANES), n_steps, n_latent, compiled.LANES), end.dtype)
-        for seed in range(n_seeds):
-            state, shift, pace, *_ = (part[seed] for part in arrays)
-            compiled.forward(state, shift, pace, _layer(arrays, seed), end[seed], kept[seed])
+        compiled, arrays = kernel(), [*map(_rows, given[:3]), *map(_array, given[3:])]
+        end, (n_rows, n_latent) = np.empty_like(arrays[0]), arrays[0].shape
+        kept = np.empty((-(-n_rows // compiled.LANES), n_steps, n_latent, compiled.LANES), end.dtype)
+        compiled.forward(*arrays[:3], _layer(arrays), end, kept)
         ctx.save_for_backward(*given)
         ctx.kept, ctx.arrays = kept, arrays
         return torch.from_numpy(end).view(given[0].shape)
@@ -105,29 +106,28 @@ class _Steps(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable(ctx, outward)
         compiled, arrays = kernel(), ctx.arrays
-        ends = np.ascontiguousarray(outward.numpy()).reshape(arrays[0].shape)
-        state, shift, _, inner, outer, offset, decay = gradients = [np.zeros(part.shape, part.dtype) for part in arrays]
-        gradients[4] = outer = np.zeros(outer.swapaxes(1, 2).shape, outer.dtype)
-        for seed in range(len(ends)):
-            sums = compiled.Sums(inner[seed], outer[seed], offset[seed], decay[seed])
-            rows = (ends[seed], arrays[1][seed], arrays[2][seed])
-            compiled.backward(*rows, _layer(arrays, seed), ctx.kept[seed], state[seed], shift[seed], sums)
-        gradients[4] = outer.swapaxes(1, 2)
-        shaped = [torch.from_numpy(part).reshape(of.shape) for part, of in zip(gradients, ctx.saved_tensors, strict=True)]
-        return *shaped[:2], None, *shaped[3:], None
+        state, shift, _, inner, outer, offset, decay = (np.zeros(part.shape, part.dtype) for part in arrays)
+        outer_t = np.zeros(outer.T.shape, outer.dtype)
+        sums = compiled.Sums(inner, outer_t, offset, decay)
+        compiled.backward(_rows(outward), *arrays[1:3], _layer(arrays), ctx.kept, state, shift, sums)
+        found = zip((state, shift, inner, outer_t.T, offset, decay), [k for k in range(7) if k != 2], strict=True)
+        first, second, *rest = (torch.from_numpy(part).reshape(ctx.saved_tensors[k].shape) for part, k in found)
+        return first, second, None, *rest, None
 
 
-def _arrays(given: list[Tensor]) -> list[np.ndarray]:
-    """Return contiguous arrays whose first axis is the seed: state, shift and pace in rows, A and B, and b and γ."""
-    seeds = given[3].shape[:-2].numel()
-    rows = [(seeds, -1, part.shape[-1]) for part in given[:3]]
-    shapes = [*rows, *((seeds, *part.shape[-2:]) for part in given[3:5]), (seeds, -1), (seeds, -1)]
-    return [np.ascontiguousarray(part.detach().numpy()).reshape(shape) for part, shape in zip(given, shapes, strict=True)]
+def _array(part: Tensor) -> np.ndarray:
+    """Return a tensor as an array, contiguous."""
+    return np.ascontiguousarray(part.detach().numpy())
 
 
-def _layer(arrays: list[np.ndarray], seed: int) -> Any:
-    """Return the layer of a seed, its matrices as they are and turned over."""
-    inner, outer, offset, decay = (part[seed] for part in arrays[3:])
+def _rows(part: Float[Tensor, "*plate cell size"]) -> np.ndarray:
+    """Return all cells of a plate in rows."""
+    return _array(part).reshape(-1, part.shape[-1])
+
+
+def _layer(arrays: list[np.ndarray]) -> Any:
+    """Return the layer, its matrices as they are and turned over."""
+    inner, outer, offset, decay = arrays[3:]
     return kernel().Layer(inner, np.ascontiguousarray(inner.T), outer, np.ascontiguousarray(outer.T), offset, decay)
 
 

@@ -30,7 +30,7 @@ _P0, _P1, _P2, _P3, _P4, _P5, _P6, _Q0, _Q1, _Q2, _Q3 = _P
 
 
 class Layer(NamedTuple):
-    """The layer, of one seed, with A and B and what they are turned over."""
+    """The layer, with A and B and what they are turned over."""
 
     inner: np.ndarray  # (latent, hidden), A
     inner_t: np.ndarray  # (hidden, latent)
