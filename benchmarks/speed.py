@@ -18,6 +18,7 @@ of our step that is. Results that are kept stand in benchmarks/results.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -125,8 +126,7 @@ def main() -> None:
             if name == "step_5000":
                 alone = roof(options.repeats)
                 table.setdefault("roof", {})[str(threads)] = {"ms": round(alone, 1), "share": round(alone / found["ms"]["perturbprob"], 2)}
-            if not options.json:
-                print(name, f"{threads} threads", found, flush=True)
+            print(name, f"{threads} threads", found, flush=True, file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(table | {"threads": options.threads, "versions": versions()}, indent=1))
 
