@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from interleaved import interleaved, row
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, csr_matrix, vstack
 
 import perturbprob as pb
 
@@ -61,6 +61,7 @@ def peer(adata: anndata.AnnData) -> Any:
 
     scvi.settings.verbosity = 40
     own = adata.copy()
+    own.X = csr_matrix(own.X)  # it does not know sparse arrays
     scvi.model.SCVI.setup_anndata(own)
     return scvi.model.SCVI(own, n_hidden=128, n_latent=N_LATENT, n_layers=1, gene_likelihood="zinb", dispersion="gene")
 
@@ -184,4 +185,5 @@ def _in_time(screen: pb.Screen, seconds: float) -> tuple[pb.Fit, int, float]:
 
 def _peer_log_density(model: Any, adata: anndata.AnnData) -> float:
     """Return the peer's mean log density of cells."""
-    return float(np.mean(np.asarray(model.get_marginal_ll(adata, n_mc_samples=200, return_mean=True))))
+    own = anndata.AnnData(csr_matrix(adata.X), obs=adata.obs, var=adata.var)
+    return float(np.mean(np.asarray(model.get_marginal_ll(own, n_mc_samples=200, return_mean=True))))

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
-from pyro.nn import PyroModule
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -85,7 +84,7 @@ class TiedNormal(dist.Normal):
 
 
 @final
-class Guide(PyroModule):
+class Guide(nn.Module):
     """q over everything that a `CellModel` samples.
 
     Global sites are sampled in three steps, so that what the data tie together stays together:
@@ -100,6 +99,12 @@ class Guide(PyroModule):
     says so. ``node_design`` (node, block) is the mean over the cells of a condition-effect node of `BatchEffect.design`, how bias and
     batch effects of a gene add up in a cell.
     """
+
+    encoder: Encoder
+    node_design: Float[Tensor, "node block"]
+    block_loc: nn.Parameter
+    dispersion_loc: nn.Parameter
+    dispersion_log_scale: nn.Parameter
 
     def __init__(self, model: CellModel, node_design: Float[Tensor, "node block"], *, encodes: bool = True) -> None:
         """Make one set of parameters for each global site that the model samples."""
@@ -216,8 +221,8 @@ class Guide(PyroModule):
             pyro.sample(name, PushedNormal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale"), self.transform(name)))
         moved = self._block() if self.blocked else None
         if len(self.node_design):
-            loc = self.condition_loc - torch.sigmoid(self.condition_weight) * (self.node_design @ moved)
-            pyro.sample(CONDITIONS, PushedNormal(loc, self.condition_log_scale))
+            carried = 0.0 if moved is None else torch.sigmoid(self.condition_weight) * (self.node_design @ moved)
+            pyro.sample(CONDITIONS, PushedNormal(self.condition_loc - carried, self.condition_log_scale))
 
     def centre(self) -> dict[str, Tensor]:
         """Return the centre of the law of every global site: medians, and means of the normal ones."""
