@@ -25,6 +25,7 @@ from perturbprob.dynamics.neural_ode import NeuralODE
 from perturbprob.dynamics.solve import Solver
 from perturbprob.dynamics.transition import Effects
 from perturbprob.experiment.vocabulary import Segment
+from perturbprob.measurement import Rate
 from perturbprob.measurement.counts import ZeroInflatedNegativeBinomial
 
 N_CELLS, N_LATENT = 512, 16
@@ -112,8 +113,9 @@ def error_of(end: Callable[[], Tensor], exact: Tensor) -> float:
 class PyroCounts(ZeroInflatedNegativeBinomial):  # type: ignore[misc]
     """The head with Pyro's own law."""
 
-    def forward(self, log_rate: Tensor, dispersion: Tensor, gate: Tensor) -> dist.Distribution:  # type: ignore[override]
+    def forward(self, log_rate: Tensor | Rate, dispersion: Tensor, gate: Tensor) -> dist.Distribution:  # type: ignore[override]
         """Return the law of the counts."""
+        log_rate = log_rate.log if isinstance(log_rate, Rate) else log_rate
         return dist.ZeroInflatedNegativeBinomial(dispersion, logits=log_rate - dispersion.log(), gate=gate)
 
 

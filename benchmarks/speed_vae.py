@@ -23,7 +23,7 @@ MINIBATCH, N_LATENT = 512, 10
 
 
 def simulated(n_cells: int = 20_000, n_genes: int = 5_000, depth: float = 700.0, seed: int = 0) -> anndata.AnnData:
-    """Return negative binomial counts of which about 92 % are 0, with four perturbations that act on some genes."""
+    """Return negative binomial counts of which about 89 % are 0, with four perturbations that act on some genes."""
     random, parts = np.random.default_rng(seed), []
     share = random.gamma(0.5, size=n_genes) + 0.02
     effect = np.where(random.random((5, n_genes)) < 0.05, random.normal(0, 0.5, (5, n_genes)), 0.0)

@@ -82,13 +82,13 @@ RATE, LOG1P, CLOSED, OPEN, SLOPE, TABLE, TABLE_SLOPE, VALUE, BY_RATE, BY_THETA, 
 
 @compiled
 @no_type_check
-def _largest(row: np.ndarray) -> float:
-    """Return the largest of a row, whose length is a multiple of `LANES`."""
-    lane = row[:LANES].copy()
-    lanes = row.reshape(-1, LANES)
-    for block in range(len(lanes)):
+def _largest(row: np.ndarray, lane: np.ndarray) -> float:
+    """Return the largest of a row, whose length is a multiple of `LANES`; ``lane`` is room for as many."""
+    for k in range(LANES):
+        lane[k] = row[k]
+    for block in range(0, len(row), LANES):
         for k in range(LANES):
-            value = lanes[block, k]
+            value = row[block + k]
             lane[k] = value if value > lane[k] else lane[k]
     largest = lane[0]
     for k in range(LANES):
@@ -110,13 +110,13 @@ _sum = compiled(_total, FAST | {"reassoc"})
 
 @compiled
 @no_type_check
-def _summary(count: np.ndarray) -> tuple[float, float]:
-    """Return how many genes have a count, and the largest."""
-    present, most = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    lanes = count.reshape(-1, LANES)
-    for block in range(len(lanes)):
+def _summary(count: np.ndarray, present: np.ndarray, most: np.ndarray) -> tuple[float, float]:
+    """Return how many genes have a count, and the largest; ``present`` and ``most`` are room for `LANES`."""
+    for k in range(LANES):
+        present[k], most[k] = ZERO, ZERO
+    for block in range(0, len(count), LANES):
         for k in range(LANES):
-            x = lanes[block, k]
+            x = count[block + k]
             present[k] += ZERO if x == ZERO else ONE
             most[k] = most[k] if x <= most[k] else x
     largest = most[0]
@@ -127,13 +127,13 @@ def _summary(count: np.ndarray) -> tuple[float, float]:
 
 @compiled
 @no_type_check
-def _shares(logits: np.ndarray, softmax: bool, share: np.ndarray) -> tuple[float, float]:
+def _shares(logits: np.ndarray, softmax: bool, lane: np.ndarray, share: np.ndarray) -> tuple[float, float]:
     """Fill in the shares of genes, not yet divided by their sum; return what was taken from the logits, and the sum."""
     n, largest = len(logits), ZERO
     share[:n] = logits
     share[n:] = logits[n - 1]
     if softmax:
-        largest = _largest(share)
+        largest = _largest(share, lane)
     for g in range(len(share)):
         share[g] = expm1(share[g] - largest)[0]
     share[n:] = ZERO
@@ -187,18 +187,22 @@ def _negative_binomial(chunk: int, width: int, theta: np.ndarray, inverse: np.nd
 @part
 @no_type_check
 def _gated(chunk: int, width: int, gate: np.ndarray, work: np.ndarray) -> None:
-    """Put the gate around log p = a of no count: log(π + (1 − π) e^a); the share (1 − π) e^a of it keeps its derivatives."""
+    """Put the gate around log p = a of no count: log(π + (1 − π) e^a); the share (1 − π) e^a of it keeps its derivatives.
+
+    In three loops, for which there are registers enough; e^a and e^a − 1 stand meanwhile where tables are read later.
+    """
     for j in range(width):
-        exp, exp_less_one = expm1(work[VALUE + j])
+        work[TABLE + j], work[TABLE_SLOPE + j] = expm1(work[VALUE + j])
+    for j in range(width):
         closed = gate[chunk, j]
-        own = (ONE - closed) * exp
-        total = closed + own
-        inverse = ONE / total
-        share = own * inverse
-        work[VALUE + j] = log(total, (ONE - closed) * exp_less_one)[0]
-        work[BY_RATE + j] *= share
-        work[BY_THETA + j] *= share
-        work[BY_GATE + j] = -exp_less_one * inverse
+        own = (ONE - closed) * work[TABLE + j]
+        inverse = ONE / (closed + own)
+        work[BY_RATE + j] *= own * inverse
+        work[BY_THETA + j] *= own * inverse
+        work[BY_GATE + j] = -work[TABLE_SLOPE + j] * inverse
+    for j in range(width):
+        closed = gate[chunk, j]
+        work[VALUE + j] = log(closed + (ONE - closed) * work[TABLE + j], (ONE - closed) * work[TABLE_SLOPE + j])[0]
 
 
 @part
@@ -335,12 +339,13 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
     here, log_rate = np.zeros(n_lanes, np.float32), np.zeros(n_lanes, np.float32)
     shares, by_rates, heres, log_rates = share.reshape(shape), by_rate.reshape(shape), here.reshape(shape), log_rate.reshape(shape)
     by_theta, by_gate = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    lane, other = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     found, seen = np.empty(n + 1, np.int32), np.empty(n + 1, np.float32)
     gene, count = (found, seen) if dense else (counts.gene, counts.number)
     present = ZERO
     for cell in range(first, last):
         weight, depth = sums.weight[cell], np.float64(rates.log_depth[cell])
-        largest, total = _shares(rates.logits[cell], rates.softmax, share)
+        largest, total = _shares(rates.logits[cell], rates.softmax, lane, share)
         shift = depth - math.log(np.float64(total)) - np.float64(largest)
         scale = np.float32(math.exp(depth) / np.float64(total))
         row = rates.row[cell] if has_eta else -1
@@ -361,14 +366,16 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
                 for g in range(n):
                     log_rate[g] += rates.eta[row, g]
             if dense:
-                present, most = _summary(here)
+                present, most = _summary(here, lane, other)
         if dense and not (everywhere and most <= above):
             for g in range(n):
                 found[end], seen[end] = g, counts.dense[cell, g]
                 end += counts.dense[cell, g] != ZERO  # NaN is not 0
             present = np.float32(end)
-        for j in range(2 * CHUNK):
+        for j in range(width):
             work[SUM + j] = ZERO
+        for j in range(width):
+            work[SUM_RATE + j] = ZERO
         log_prob = 0.0
         for chunk in range(n_chunks):
             _rates(chunk, width, shares, scale, rates.factor, row, work)

@@ -100,6 +100,7 @@ class Guide(nn.Module):
     batch effects of a gene add up in a cell.
     """
 
+    known_start: Float[Tensor, " latent"] | None
     encoder: Encoder
     node_design: Float[Tensor, "node block"]
     block_loc: nn.Parameter
