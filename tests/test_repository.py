@@ -22,7 +22,7 @@ def test_every_public_name_is_on_the_api_page(root: Path) -> None:
     assert sorted(set(pb.__all__) - page - {"__version__"}) == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/concepts.md", "docs/api.md", "docs/scale.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/concepts.md", "docs/api.md", "docs/scale.md", "docs/speed.md"])
 def test_every_name_that_a_page_shows_exists(root: Path, page: str) -> None:
     named = set(re.findall(r"\bpb\.([A-Za-z]\w*)", (root / page).read_text(encoding="utf-8"))) - {"name"}
     assert sorted(name for name in named if not hasattr(pb, name)) == []
