@@ -18,9 +18,9 @@ import perturbprob as pb
 from perturbprob.dynamics import hidden_layer
 from perturbprob.inference import distributed
 from perturbprob.inference.distributed import Processes, launched
+from perturbprob.inference.elbo import Elbo
 from perturbprob.inference.fit import _Training
 from perturbprob.inference.loader import shuffled
-from perturbprob.inference.objective import EscapeLoss
 from perturbprob.measurement import fused
 from perturbprob.model.sparse_input import stays_sparse
 
@@ -222,7 +222,7 @@ def test_away_from_the_cpu_a_step_is_torch_all_through(screen: pb.Screen, monkey
     training.elbo.to("meta")
     training.table.segments = [segment.to(torch.device("meta")) for segment in training.table.segments]
     with pyro.validation_enabled(False):
-        loss = EscapeLoss(training.model, training.guide)(training.cells(index, screen.counts[index.numpy()]))  # Pyro's asks for a number
+        loss = Elbo(training.model, training.guide)(training.cells(index, screen.counts[index.numpy()]))  # Pyro's asks for a number
     loss.backward()
     assert loss.device.type == "meta"
     assert not stays_sparse(csr_array((64, 12), dtype="float32"), loss.device)

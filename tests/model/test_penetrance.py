@@ -8,7 +8,7 @@ import torch
 
 import perturbprob as pb
 from perturbprob.inference.draws import centre
-from perturbprob.inference.objective import EscapeLoss
+from perturbprob.inference.elbo import Elbo
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide, TiedNormal, node_design
 from perturbprob.model.penetrance import fold, ways
@@ -63,7 +63,7 @@ def test_the_loss_bounds_the_density_from_above_and_has_a_gradient_for_every_pi(
     model = pb.node(screen, n_latent=1, penetrance="sgrna")
     guide = Guide(model, node_design(model, screen))
     guide.start(model, screen)
-    loss, rows = EscapeLoss(model, guide), CellTable(model, screen).unfolded(torch.arange(screen.n_cells))
+    loss, rows = Elbo(model, guide), CellTable(model, screen).unfolded(torch.arange(screen.n_cells))
     loss(rows).backward()
     for name in ("penetrance", "sgrna_penetrance", "penetrance_concentration"):
         assert (guide.get_parameter(f"{name}_loc").grad.abs() > 0).all()
@@ -85,7 +85,7 @@ def test_pi_starts_at_its_prior_is_held_there_and_then_moves_fast(screen: pb.Scr
     assert draws.mean().item() == pytest.approx(2 / 3, abs=0.02)  # Beta(2, 1)
     assert draws.std().item() == pytest.approx(18**-0.5, abs=0.02)
     guide.hold(held=True)
-    EscapeLoss(model, guide)(CellTable(model, screen).unfolded(torch.arange(screen.n_cells))).backward()
+    Elbo(model, guide)(CellTable(model, screen).unfolded(torch.arange(screen.n_cells))).backward()
     assert guide.penetrance_loc.grad is None
     assert guide.perturbation_effect_loc.grad is not None
     guide.hold(held=False)

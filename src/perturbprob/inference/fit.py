@@ -14,7 +14,6 @@ import numpy as np
 import pyro
 import torch
 from jaxtyping import Float, Float64, Int
-from pyro.infer import Trace_ELBO
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -29,8 +28,9 @@ from perturbprob.inference.checkpoint import Checkpoint, about
 from perturbprob.inference.depth import DepthLaw
 from perturbprob.inference.distributed import ALONE, Processes, launched
 from perturbprob.inference.draws import bar
+from perturbprob.inference.elbo import Elbo
 from perturbprob.inference.loader import shuffled
-from perturbprob.inference.objective import EscapeLoss, PathLoss, chosen_objective
+from perturbprob.inference.objective import PathLoss, chosen_objective
 from perturbprob.inference.seen import trained_on
 from perturbprob.inference.verdict import verdict
 from perturbprob.measurement.counts import CountHead
@@ -233,7 +233,7 @@ class _Training:
             return PathLoss(self.model, self.guide, self.settings["distance"])
         if self.settings["objective"] == "kds":
             return AtRestLoss(self.model, self.guide, self.table, self.training)
-        return Trace_ELBO()(self.model, self.guide) if self.model.penetrance is None else EscapeLoss(self.model, self.guide)
+        return Elbo(self.model, self.guide)
 
     def run(self, progress: bool, each_epoch: Callable[[Fit], object] | None = None, path: str | Path | None = None) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
@@ -345,7 +345,7 @@ class _Training:
             torch.manual_seed(self.seed)
             if self.settings["objective"] != "elbo":
                 return self.processes.agreed(float(self.elbo.between_cells(self.table.cells(self.held, len(self.held)))))
-            loss, held = EscapeLoss(self.model, self.guide), self.processes.part(self.held.split(self.settings["minibatch"]))
+            loss, held = Elbo(self.model, self.guide), self.processes.part(self.held.split(self.settings["minibatch"]))
             total = sum(float(loss.between_cells(self.table.unfolded(index, len(index)))) for index in held)
             total = sum(self.processes.gathered(total))
         return total / (len(self.held) * self.screen.n_genes)

@@ -1,9 +1,8 @@
-"""What `fit` minimises: the ELBO, or the distance between predicted and measured ends of the paths of eq 5."""
+"""What `fit` minimises beside the ELBO: the distance between predicted and measured ends of the paths of eq 5."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-import pyro
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from perturbprob.inference.draws import Sites, sites_at
 from perturbprob.measurement.counts import CountLaw
 from perturbprob.measurement.distances import DISTANCES, energy, mmd, sinkhorn
 from perturbprob.model.cells import Cells
-from perturbprob.model.penetrance import fold
 
 if TYPE_CHECKING:
     from perturbprob.model.cell_model import CellModel
@@ -24,55 +22,6 @@ MSE = "mse"
 UNBIASED = {"energy": partial(energy, unbiased=True), "mmd": partial(mmd, unbiased=True)}
 # a thousandth of the mass in the wrong place moves a gradient by less than the choice of the minibatch does
 TRAINED = DISTANCES | {"sinkhorn": partial(sinkhorn, tolerance=1e-3)}
-
-
-@final
-class EscapeLoss(nn.Module):
-    """−ELBO, also where edited cells may have escaped: log Σ_h p(h | π) p(x | z_h, h) p(z_h) / q(z_h | x, h), z_h ~ q(z | x, h).
-
-    Each term has the expectation p(x, h), so it bounds log p(x) from below, and closer than a law q(h | x) of its own would: that law is
-    the terms, scaled to a sum of 1.
-    """
-
-    def __init__(self, model: "CellModel", guide: "Guide") -> None:
-        """Keep model and guide, whose parameters are trained."""
-        super().__init__()
-        self.model, self.guide = model, guide
-
-    def forward(self, cells: Cells) -> Float[Tensor, ""]:
-        """Return the loss of a minibatch, unfolded."""
-        traces = self._traces(cells)
-        shared = sum(sign * site["log_prob_sum"] for sign, sites in traces for site in sites.values() if not _of_cell(site))
-        return -(shared + self._scale(cells) * self._cells(traces, cells).sum())
-
-    def between_cells(self, cells: Cells) -> Float[Tensor, ""]:
-        """Return −ELBO of the cells alone, given a draw of the globals, as held-out cells are judged."""
-        return -self._cells(self._traces(cells), cells).sum()
-
-    def _traces(self, cells: Cells) -> tuple[tuple[int, dict[str, Any]], ...]:
-        """Return the sites of the model, and of the guide, with the sign of their terms."""
-        guide = pyro.poutine.trace(self.guide).get_trace(cells)
-        model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(cells)
-        for trace in (guide, model):
-            trace.compute_log_prob()
-        return tuple(
-            (sign, {n: s for n, s in t.nodes.items() if s["type"] == "sample" and n != "cell"}) for sign, t in ((1, model), (-1, guide))
-        )
-
-    def _scale(self, cells: Cells) -> float:
-        """Return how many rows each row stands for."""
-        return cells.total / len(cells)
-
-    def _cells(self, traces: tuple[tuple[int, dict[str, Any]], ...], cells: Cells) -> Float[Tensor, " cell"]:
-        """Return the bound on the log density of each cell."""
-        terms = [sign * site["log_prob"] for sign, sites in traces for site in sites.values() if _of_cell(site)]
-        total = torch.stack(terms).sum(0) / self._scale(cells)
-        return total if cells.hits is None else fold(total, cells.hits.of)
-
-
-def _of_cell(site: dict[str, Any]) -> bool:
-    """Say whether a site stands in the plate of the cells."""
-    return any(frame.name == "cell" for frame in site["cond_indep_stack"])
 
 
 @final

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
-from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from perturbprob.experiment.action import Action, Media, Protocol, Wait
 from perturbprob.measurement.log_normal import LogNormal
@@ -119,7 +118,7 @@ class FromRest(TorchDistribution):
 
 
 @final
-class ConditionEffect(PyroModule):
+class ConditionEffect(nn.Module):
     """The effect r of each condition on each gene's log rate that the low-dimensional dynamics does not carry.
 
     The effect of a condition is the sum over its `nodes`; each term is a path in time that starts at rest,

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
+from pyro.distributions import constraints
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -125,7 +126,11 @@ class Guide(nn.Module):
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
         self.blocked = {name: sites[name]["value"].shape[:-1] for name in GENE_BLOCK if name in sites and "gene_bias" in sites}
         self.independent = [name for name in sites if name not in (*self.blocked, CONDITIONS)]
-        self.support = {name: sites[name]["fn"].support for name in self.independent}
+        self.support = {name: _of_one(sites[name]["fn"].support) for name in self.independent}
+        self.alike: dict[Any, list[str]] = {}
+        for name in self.independent:
+            kind = Overdispersion if name.endswith("dispersion") else self.support[name]
+            self.alike.setdefault(kind, []).append(name)
         for name in self.independent:
             start, width = self.transform(name).inv(_middle(sites[name])).clone(), -2.3
             if name.endswith("gate_logit"):  # somewhat closed: a gate that starts open leaves it to its slab to close the way
@@ -142,7 +147,7 @@ class Guide(nn.Module):
         self.condition_weight = nn.Parameter(torch.zeros(shape))
 
     def transform(self, name: str) -> dist.transforms.Transform:
-        """Return how the unconstrained line, on which a site's law is normal, becomes its values."""
+        """Return how the unconstrained line, on which a site's law is normal, becomes its values, number by number."""
         return Overdispersion(cache_size=1) if name.endswith("dispersion") else dist.transforms.biject_to(self.support[name])
 
     def _start_block(self, model: CellModel) -> None:
@@ -218,12 +223,21 @@ class Guide(nn.Module):
 
     def globals(self) -> None:
         """Sample every global site."""
-        for name in self.independent:
-            pyro.sample(name, PushedNormal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale"), self.transform(name)))
+        for names in self.alike.values():
+            self._draw(names)
         moved = self._block() if self.blocked else None
         if len(self.node_design):
             carried = 0.0 if moved is None else torch.sigmoid(self.condition_weight) * (self.node_design @ moved)
             pyro.sample(CONDITIONS, PushedNormal(self.condition_loc - carried, self.condition_log_scale))
+
+    def _draw(self, names: list[str]) -> None:
+        """Sample sites that have their values by the same transform, all their numbers in one draw: the time is that of a site."""
+        loc, log_scale = (torch.cat([getattr(self, f"{name}_{part}").flatten() for name in names]) for part in ("loc", "log_scale"))
+        law = PushedNormal(loc, log_scale, self.transform(names[0]))
+        drawn = pyro.sample(f"{names[0]}_and_alike", law, infer={"is_auxiliary": True})
+        shapes = [getattr(self, f"{name}_loc").shape for name in names]
+        for name, shape, part in zip(names, shapes, drawn.split([shape.numel() for shape in shapes]), strict=True):
+            pyro.sample(name, dist.Delta(part.view(shape), event_dim=len(shape)))
 
     def centre(self) -> dict[str, Tensor]:
         """Return the centre of the law of every global site: medians, and means of the normal ones."""
@@ -278,6 +292,11 @@ class Guide(nn.Module):
         media = torch.stack([s.media for s in protocol]).amax(0)
         waited = torch.stack([s.wait for s in protocol]).sum(0)
         return torch.cat([perturbation, media, waited[:, None], batches], -1)
+
+
+def _of_one(support: Any) -> Any:
+    """Return where each number of a site may lie."""
+    return _of_one(support.base_constraint) if isinstance(support, constraints.independent) else support
 
 
 def _seen(cells: Cells) -> Iterator[Float[Tensor, "cell part"]]:

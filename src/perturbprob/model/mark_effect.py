@@ -6,8 +6,7 @@ from typing import final
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from perturbprob.dynamics.transition import Effects
 from perturbprob.experiment.vocabulary import Vocabulary
@@ -23,7 +22,7 @@ def sample_gate(name: str, share: Tensor, shape: torch.Size) -> Tensor:
     return torch.sigmoid(pyro.sample(name, law.to_event(len(shape))) / TEMPERATURE)
 
 
-class MarkEffect(PyroModule):
+class MarkEffect(nn.Module):
     """The effects e_p of perturbations and e_m of media, sites ``perturbation_effect`` and ``media_effect``, (name, latent).
 
     Each has a scale of its own, log s ~ Normal(−0.7, 0.7). Abstract: `ShrunkEffect` or `SparseEffect` gives the effects of one kind.

@@ -6,8 +6,7 @@ from typing import final
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from perturbprob.dynamics.causal_context import NetworkEffects
 from perturbprob.experiment.vocabulary import Vocabulary
@@ -16,7 +15,7 @@ from perturbprob.model.mark_effect import MarkEffect, sample_gate
 
 
 @final
-class GatedNetwork(PyroModule):
+class GatedNetwork(nn.Module):
     """W = gate · slab for each regulator of each gene but itself, a relaxed spike and slab.
 
     slab ~ Normal(0, s²), log s ~ Normal(−0.7, 0.7); gate = sigmoid(u / λ), u ~ Logistic(logit π, 1), λ = 0.2; π ~ Beta(1, 9) is the
@@ -40,7 +39,7 @@ class GatedNetwork(PyroModule):
 
 
 @final
-class LaplaceNetwork(PyroModule):
+class LaplaceNetwork(nn.Module):
     """W ~ Laplace(0, ``scale``) for each regulator of each gene but itself: at the mode of its law weights are as by the lasso."""
 
     def __init__(self, n_genes: int, scale: float) -> None:

@@ -10,8 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
-from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.measurement.log_normal import LogNormal
@@ -58,7 +57,7 @@ class Hits:
 
 
 @final
-class Penetrance(PyroModule):
+class Penetrance(nn.Module):
     """An edited cell is hit with probability π_p, π_p ~ Beta(2, 1), and has escaped otherwise: it is then a cell without p.
 
     With ``sgrnas``, the number of the perturbation behind each sgRNA, every sgRNA has a π of its own within its gene,

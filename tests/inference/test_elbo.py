@@ -1,0 +1,41 @@
+"""The ELBO, added up site by site, is Pyro's own."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+import perturbprob as pb
+from perturbprob.inference.elbo import Elbo
+from perturbprob.model.cells import CellTable
+from perturbprob.model.guide import Guide, node_design
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(pb.vae, n_latent=3, shift="sparse", measurement="zero_inflated_negative_binomial"),
+        partial(pb.node, n_latent=2, batch_effect="state", assumptions=[pb.UneditedStable()]),
+        partial(pb.causal_context, n_latent=2),
+    ],
+)
+def test_it_and_its_gradients_are_those_of_pyro(make: Callable[[pb.Screen], pb.CellModel]) -> None:
+    screen = pb.simulate(n_cells=150, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(1.0, 2.0), n_batches=2, seed=4).screen
+    model = make(screen)
+    guide = Guide(model, node_design(model, screen))
+    guide.start(model, screen)
+    cells, results = CellTable(model, screen).cells(torch.arange(40), screen.n_cells, 0.7), []
+    for loss in (Elbo(model, guide), Trace_ELBO()(model, guide)):
+        pyro.set_rng_seed(3)
+        guide.zero_grad()
+        value = loss(cells)
+        value.backward()
+        results.append((float(value.detach()), {name: p.grad.clone() for name, p in guide.named_parameters() if p.grad is not None}))
+    (ours, own), (theirs, grads) = results
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert own.keys() == grads.keys()
+    for name, grad in own.items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-4 * float(grads[name].abs().max()) + 1e-6, msg=name)
