@@ -50,7 +50,8 @@ class Elbo(nn.Module):
         # `forward` itself: a call of a PyroModule tells Pyro of each part that is touched, which is known here
         with _Terms(guide.values) as model:
             self.model.forward(cells)
-        return tuple([(1, term) for term in m] + [(-1, term) for term in g] for m, g in zip(model.terms, guide.terms, strict=True))
+        shared, own = ([(1, term) for term in m] + [(-1, term) for term in g] for m, g in zip(model.terms, guide.terms, strict=True))
+        return shared, own
 
     def _scale(self, cells: Cells) -> float:
         """Return how many rows each row stands for."""

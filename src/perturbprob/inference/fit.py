@@ -6,14 +6,14 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 import pyro
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -350,10 +350,11 @@ class _Training:
             total = sum(self.processes.gathered(total))
         return total / (len(self.held) * self.screen.n_genes)
 
-    def _log_size_factor(self) -> Float64[np.ndarray, " cell"]:
-        """Return the log size factors of the cells whose RNA was measured."""
-        every = self.table.log_size_factor.double().numpy()
-        return every if self.screen.present is None else every[self.screen.present]
+    @cached_property
+    def depth(self) -> DepthLaw:
+        """The law of the size factor, of the cells whose RNA was measured."""
+        every, present = self.table.log_size_factor.double().numpy(), self.screen.present
+        return DepthLaw.of(self.screen.with_rna, every if present is None else every[present])
 
     def _fit(self, elbo: Any) -> Fit:
         """Put the result together from what was trained, which is trained no further."""
@@ -367,7 +368,7 @@ class _Training:
             seed=self.seed,
             settings=self.settings | {"best_epoch": self.best_epoch if len(self.held) else len(self.losses["train"]) - 1},
             trained_on=trained_on(self.screen),
-            depth=DepthLaw.of(self.screen.with_rna, self._log_size_factor()),
+            depth=self.depth,
             versions={name: version(name) for name in ("perturbprob", "torch", "pyro-ppl", "numpy")}
             | {"python": platform.python_version()},
             screen=self.screen,

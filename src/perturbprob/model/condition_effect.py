@@ -131,6 +131,11 @@ class ConditionEffect(nn.Module):
     effects of their own in the same way; ``assay`` then comes before the names of the sites.
     """
 
+    gap: Float[Tensor, " node"]
+    previous: Int[Tensor, " node"]
+    depth: Int[Tensor, " node"]
+    term: Int[Tensor, " node"]
+
     def __init__(self, nodes: Sequence[Node], n_genes: int, assay: str = "", *, memory: float | None = None) -> None:
         """Order the nodes into paths."""
         super().__init__()

@@ -28,6 +28,8 @@ class MarkEffect(nn.Module):
     Each has a scale of its own, log s ~ Normal(−0.7, 0.7). Abstract: `ShrunkEffect` or `SparseEffect` gives the effects of one kind.
     """
 
+    zero: Tensor
+
     def __init__(self, vocabulary: Vocabulary, n_latent: int) -> None:
         """Count the names of each kind."""
         super().__init__()

@@ -6,6 +6,7 @@ from typing import final
 import pyro
 import pyro.distributions as dist
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from perturbprob.dynamics.causal_context import NetworkEffects
@@ -21,6 +22,9 @@ class GatedNetwork(nn.Module):
     slab ~ Normal(0, s²), log s ~ Normal(−0.7, 0.7); gate = sigmoid(u / λ), u ~ Logistic(logit π, 1), λ = 0.2; π ~ Beta(1, 9) is the
     share of edges.
     """
+
+    zero: Tensor
+    others: Float[Tensor, "gene gene"]
 
     def __init__(self, n_genes: int) -> None:
         """Leave the diagonal out."""
@@ -41,6 +45,8 @@ class GatedNetwork(nn.Module):
 @final
 class LaplaceNetwork(nn.Module):
     """W ~ Laplace(0, ``scale``) for each regulator of each gene but itself: at the mode of its law weights are as by the lasso."""
+
+    others: Float[Tensor, "gene gene"]
 
     def __init__(self, n_genes: int, scale: float) -> None:
         """Leave the diagonal out."""
@@ -63,6 +69,8 @@ class NetworkEffect(MarkEffect):
     the transcript of its own gene is ``perturbation_own`` ~ Normal(0, s_p²); media act on every gene. What a gene does to itself is
     not told apart from its decay, and left out.
     """
+
+    own: Float[Tensor, "perturbation gene"]
 
     def __init__(self, vocabulary: Vocabulary, network: GatedNetwork | LaplaceNetwork | None = None) -> None:
         """Place each perturbation on its gene; raises ValueError where a perturbed gene is no gene of the state."""

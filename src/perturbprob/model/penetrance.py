@@ -64,6 +64,9 @@ class Penetrance(nn.Module):
     π_s ~ Beta(κ π_p, κ (1 − π_p)), log κ ~ Normal(log 10, 0.7). Each hit of a cell is a site ``hit``, summed out outside z.
     """
 
+    zero: Tensor
+    behind: Int[Tensor, " sgrna"]
+
     def __init__(self, n_perturbations: int, sgrnas: Sequence[int] = ()) -> None:
         """Keep how many there are."""
         super().__init__()
