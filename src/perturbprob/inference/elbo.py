@@ -9,6 +9,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from perturbprob.measurement.density import log_density
 from perturbprob.model.cells import Cells
 from perturbprob.model.penetrance import fold
 
@@ -34,43 +35,47 @@ class Elbo(nn.Module):
 
     def forward(self, cells: Cells) -> Float[Tensor, ""]:
         """Return the loss of a minibatch, unfolded."""
-        shared, own = self._terms(cells)
+        model, guide = self._terms(cells)
+        shared = torch.stack(guide.shared).sum() - torch.stack(model.shared).sum()
         if cells.hits is None:
-            return -torch.stack([sign * term.sum() for sign, term in (*shared, *own)]).sum()
-        return -torch.stack([sign * term.sum() for sign, term in shared]).sum() - self._scale(cells) * self._cells(own, cells).sum()
+            return shared + sum(term.sum() for term in guide.own) - sum(term.sum() for term in model.own)
+        return shared - self._scale(cells) * self._cells(model, guide, cells).sum()
 
     def between_cells(self, cells: Cells) -> Float[Tensor, ""]:
         """Return −ELBO of the cells alone, given a draw of the globals, as held-out cells are judged."""
-        return -self._cells(self._terms(cells)[1], cells).sum()
+        return -self._cells(*self._terms(cells), cells).sum()
 
-    def _terms(self, cells: Cells) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
-        """Return the terms of what all cells share and those of each cell, with their signs."""
+    def _terms(self, cells: Cells) -> "tuple[_Terms, _Terms]":
+        """Return the terms of the model and those of the guide."""
         with _Terms() as guide:
             self.guide(cells)
         # `forward` itself: a call of a PyroModule tells Pyro of each part that is touched, which is known here
         with _Terms(guide.values) as model:
             self.model.forward(cells)
-        shared, own = ([(1, term) for term in m] + [(-1, term) for term in g] for m, g in zip(model.terms, guide.terms, strict=True))
-        return shared, own
+        return model, guide
 
     def _scale(self, cells: Cells) -> float:
         """Return how many rows each row stands for."""
         return cells.total / len(cells)
 
-    def _cells(self, terms: list[tuple[int, Tensor]], cells: Cells) -> Float[Tensor, " cell"]:
+    def _cells(self, model: "_Terms", guide: "_Terms", cells: Cells) -> Float[Tensor, " cell"]:
         """Return the bound on the log density of each cell."""
-        total = torch.stack([sign * term for sign, term in terms]).sum(0) / self._scale(cells)
+        total = torch.stack([*model.own, *(-term for term in guide.own)]).sum(0) / self._scale(cells)
         return total if cells.hits is None else fold(total, cells.hits.of)
 
 
 class _Terms(Messenger):  # type: ignore[misc]
-    """Collects log densities as sites are sampled; gives sites values that were drawn before, where there are any."""
+    """Collects log densities as sites are sampled: of what all cells share, in all, and of each cell.
+
+    Gives sites the values that were drawn before, where there are any.
+    """
 
     def __init__(self, given: dict[str, Tensor] | None = None) -> None:
         """Start without any."""
         super().__init__()
         self.given, self.values = given or {}, dict[str, Tensor]()
-        self.terms: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.shared: list[Tensor] = []
+        self.own: list[Tensor] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         """Give the site its value."""
@@ -81,7 +86,10 @@ class _Terms(Messenger):  # type: ignore[misc]
         """Keep the log density of the value, and the value."""
         law, value = msg["fn"], msg["value"]
         self.values[msg["name"]] = value
-        certain = isinstance(law, dist.Delta) and not msg["is_observed"]
-        if msg["name"] != "cell" and not certain and not msg["infer"].get("_deterministic"):
-            of_cell = any(frame.name == "cell" for frame in msg["cond_indep_stack"])
-            self.terms[of_cell].append(scale_and_mask(law.log_prob(value), msg["scale"], msg["mask"]))
+        known = isinstance(law, dist.Delta) and not msg["is_observed"]
+        if msg["name"] == "cell" or known or msg["infer"].get("_deterministic"):
+            return
+        if any(frame.name == "cell" for frame in msg["cond_indep_stack"]):
+            self.own.append(scale_and_mask(law.log_prob(value), msg["scale"], msg["mask"]))
+        else:
+            self.shared.append(scale_and_mask(log_density(law, value), msg["scale"], msg["mask"]))

@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from perturbprob.experiment.action import Action, Media, Protocol, Wait
+from perturbprob.measurement.density import normal
 from perturbprob.measurement.log_normal import LogNormal
 
 Term = tuple[str, ...]
@@ -100,6 +101,8 @@ class FromRest(TorchDistribution):
 
     def log_prob(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw"]:
         """Log-density of whole paths."""
+        if value.ndim == len(self.event_shape):
+            return normal(value, self.expected(value), self.innovation)
         return dist.Normal(self.expected(value), self.innovation).log_prob(value).sum((-1, -2))
 
     def expected(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw node gene"]:
