@@ -183,6 +183,60 @@ def test_columns_first_values_that_are_no_counts_and_other_misuse(adata, tmp_pat
         pb.Screen.from_store(path, perturbations="gene")
 
 
+@pytest.mark.parametrize("wrong", [5_000_000, -1])
+def test_a_gene_that_is_not_there_is_one_error_on_disk_and_in_memory(adata, tmp_path, wrong):
+    """scipy would read, or write, wherever the index points, and end the process."""
+    import h5py
+
+    path = written(adata, tmp_path, "h5ad")
+    with h5py.File(path, "a") as file:
+        file["X/indices"][3] = wrong
+    with pytest.raises(StoreError, match=r"cannot be read at rows 0 to 299 of X: ValueError: X is damaged"):
+        pb.Screen.from_store(path, **HOW)
+    spoilt = adata.copy()
+    spoilt.X.indices[3] = wrong
+    with pytest.raises(ValueError, match=r"adata.X is damaged: of its sparse form, .*ind"):
+        pb.Screen.from_anndata(spoilt, **HOW)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (2**24 + 1, np.float64, r"a count of 16,777,217"),
+        (100_000.001, np.float64, r"non-integer values such as 100000"),
+        (1e-60, np.float64, r"non-integer values such as 1e-60"),
+        (-5, np.int16, r"negative counts such as -5, .* Type int16 ends at 32,767"),
+    ],
+)
+def test_counts_are_refused_on_disk_as_in_memory(adata, tmp_path, value, dtype, message):
+    dense = adata.X.toarray().astype(dtype)
+    dense[3, 2] = value
+    for form, matrix in (("sparse", csr_array(dense)), ("dense", dense)):
+        other = anndata.AnnData(matrix, obs=adata.obs, var=adata.var)
+        with pytest.raises(ValueError, match=message):
+            pb.Screen.from_anndata(other, **HOW)
+        with pytest.raises(ValueError, match=message):
+            pb.Screen.from_store(written(other, tmp_path, "h5ad", form), **HOW)
+
+
+def test_half_precision_and_a_file_as_written_before_2020_are_read(adata, tmp_path, in_memory):
+    import h5py
+
+    half = anndata.AnnData(adata.X.toarray().astype(np.float16), obs=adata.obs, var=adata.var)
+    assert_equal(pb.Screen.from_store(written(half, tmp_path, "h5ad", "half"), **HOW).counts[:], in_memory.counts)
+    old, none = (written(adata, tmp_path, "h5ad", name) for name in ("old", "none"))
+    for path in (old, none):
+        with h5py.File(path, "a") as file:
+            attributes = file["X"].attrs
+            if path == old:
+                attributes["h5sparse_format"], attributes["h5sparse_shape"] = "csr", attributes["shape"]
+            for name in ("encoding-type", "encoding-version", "shape"):
+                del attributes[name]
+    assert_equal(pb.Screen.from_store(old, **HOW).counts[:], in_memory.counts)
+    with pytest.raises(StoreError, match=r"X of .* is no matrix of cells and genes that anndata writes today. Write it again"):
+        pb.Screen.from_store(none, **HOW)
+
+
 def test_a_file_without_cells(tmp_path):
     import h5py
 

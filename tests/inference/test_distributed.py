@@ -138,6 +138,11 @@ if __name__ == "__main__":
         launched(failing, torch.device("cpu"), devices=2)
     except RuntimeError as error:
         print(str(error).splitlines()[0])
+    screen.counts.data[screen.counts.indptr[7]] = 1e38
+    try:
+        pb.fit(pb.node(screen, 2), screen, epochs=2, warmup=1, minibatch=60, validation=0.0, progress=False, devices=2)
+    except pb.NonFiniteLoss as error:
+        print(str(error)[:8], type(error.fit).__name__)
 """
 
 
@@ -147,6 +152,7 @@ def test_where_there_is_no_script_the_processes_are_split_off() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[0] == "2 True True"
     assert "A process of the training failed: " in done.stdout.splitlines()[1]
+    assert done.stdout.splitlines()[2] == "The loss Fit"
 
 
 FOUND = """
@@ -207,6 +213,11 @@ def test_more_gpus_than_there_are() -> None:
     n = 2 + torch.cuda.device_count()
     with pytest.raises(ValueError, match=rf"devices={n} asks for {n} cuda devices, where the model is, and there are {n - 2}"):
         launched(lambda processes: processes, torch.device("cuda"), devices=n)
+
+
+def test_what_has_used_a_gpu_is_not_split() -> None:
+    with pytest.raises(ValueError, match=r"The model is on cuda, and a process that has used a GPU cannot be split"):
+        launched(lambda processes: processes, torch.device("cuda"), devices=2, strategy="ddp_notebook")
 
 
 def test_away_from_the_cpu_a_step_is_torch_all_through(screen: pb.Screen, monkeypatch: pytest.MonkeyPatch) -> None:

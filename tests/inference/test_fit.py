@@ -1,5 +1,6 @@
 """The training loop: reproducible, careful of the user's things, and clear when it fails."""
 
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,6 +147,14 @@ def test_a_loss_that_is_not_finite_names_step_site_batch_and_cells(small: pb.Scr
     with pytest.raises(pb.NonFiniteLoss, match=message) as caught:
         pb.fit(pb.node(small, 2), replace(small, counts=spoilt), validation=0.0, **SETTINGS)
     assert torch.isfinite(parameters(caught.value.fit)).all()
+    sent = pickle.loads(pickle.dumps(caught.value))  # as from a process that fits one of several
+    assert str(sent) == str(caught.value)
+    assert torch.equal(parameters(sent.fit), parameters(caught.value.fit))
+
+
+def test_a_model_in_double_precision_is_refused(small: pb.Screen) -> None:
+    with pytest.raises(ValueError, match=r"trained in single precision; this one is in torch\.float64\. Take model\.float\(\)"):
+        pb.fit(pb.node(small, 2).double(), small, **SETTINGS)
 
 
 def test_one_condition_is_a_screen_and_fit_says_what_it_cannot_teach(small: pb.Screen) -> None:

@@ -121,6 +121,12 @@ def test_candidates_that_are_none_are_refused(inner: Split, candidates: Any, err
         pb.select(candidates, inner)
 
 
+@pytest.mark.parametrize("setting", ["each_epoch", "devices", "checkpoint"])
+def test_settings_that_it_cannot_take_are_refused(inner: Split, setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"select (decides|fits many models).*'{setting}'"):
+        pb.select({"node": pb.node}, inner, **{setting: 2})
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("how", ["a screen", "none", "a number"])
 def test_what_is_no_split_is_refused(screen: pb.Screen, how: str) -> None:

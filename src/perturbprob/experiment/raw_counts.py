@@ -30,7 +30,7 @@ def read_counts(
     values = adata.X if layer is None else adata.layers[layer]
     if values is None:
         raise ValueError(f"adata.X is empty. Pass layer= with the layer that holds raw counts. {nearest('counts', adata.layers)}")
-    matrix = _to_csr(values, name)
+    matrix = as_csr(values, name)
     check_counts(adata, matrix, name, what)
     counts = canonical(matrix)
     empty = (np.diff(counts.indptr) == 0) & (True if present is None else present)
@@ -49,8 +49,8 @@ def refuse_empty(adata: AnnData, empty: np.ndarray, name: str) -> None:
         )
 
 
-def _to_csr(values: Matrix, name: str) -> csr_array:
-    """Read a matrix into memory as CSR without duplicate entries; nothing of the given matrix is changed."""
+def as_csr(values: Matrix, name: str) -> csr_array:
+    """Read a matrix of numbers into memory as CSR without duplicate entries; nothing of the given matrix is changed."""
     for method in ("to_memory", "compute"):
         if hasattr(values, method):
             values = getattr(values, method)()
@@ -62,6 +62,12 @@ def _to_csr(values: Matrix, name: str) -> csr_array:
         values = values.astype(np.float32)
     if issparse(values) and values.format not in ("csr", "csc"):
         values = values.astype(np.float64)  # tocsr adds duplicate entries up, in a small type they would overflow
+    elif issparse(values):
+        values = type(values)((values.data, values.indices, values.indptr), shape=values.shape)
+        try:
+            values.check_format(full_check=True)  # scipy itself reads wherever indices point
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: of its sparse form, {error}. Read or make it again.") from error
     matrix = csr_array(values)
     if not matrix.has_canonical_format:
         matrix = matrix.astype(np.float64)
@@ -158,5 +164,5 @@ def _whole(values: Matrix) -> bool:
     """Tell whether a matrix looks like counts."""
     if values.dtype.kind not in "buif":
         return False
-    data = _to_csr(values, "").data
+    data = as_csr(values, "").data
     return bool((data >= 0).all() and np.equal(data, np.rint(data)).all())

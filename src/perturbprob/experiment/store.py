@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, issparse, vstack
 
-from perturbprob.experiment.raw_counts import canonical, check_counts, refuse_empty
+from perturbprob.experiment.raw_counts import as_csr, canonical, check_counts, refuse_empty
 from perturbprob.experiment.vocabulary import nearest
 
 ROWS = 8192
@@ -97,6 +97,10 @@ class StoredCounts:
 
     def __getitem__(self, index: slice | ArrayLike) -> csr_array:
         """Read some rows, in any order."""
+        return canonical(self.stored(index))
+
+    def stored(self, index: slice | ArrayLike) -> csr_array:
+        """Read some rows, in any order, in the type that they are stored in."""
         rows, place = np.unique(self.rows[index if isinstance(index, slice) else np.asarray(index)], return_inverse=True)
         if not len(rows):
             return csr_array((0, self.shape[1]), dtype=np.float32)
@@ -104,12 +108,12 @@ class StoredCounts:
         self._check()
         for span in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1):
             try:
-                read = matrix[int(span[0]) : int(span[-1]) + 1]
+                read = as_csr(matrix[int(span[0]) : int(span[-1]) + 1], self.key)
             except Exception as error:  # what h5py, zarr and their codecs raise has nothing else in common
                 raise StoreError(
                     f"{self.path} cannot be read at rows {span[0]} to {span[-1]} of {self.key}: {_first_line(error)}"
                 ) from error
-            parts.append(canonical(csr_array(read if issparse(read) else np.asarray(read)))[span - span[0]])
+            parts.append(read[span - span[0]])
         read = csr_array(vstack(parts, format="csr")) if len(parts) > 1 else parts[0]
         return read if np.array_equal(place, np.arange(len(rows))) else read[place]
 
@@ -177,7 +181,9 @@ def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) 
     if adata.shape != counts.shape:
         raise StoreError(f"{counts.path} names {adata.n_obs:,} cells and {adata.n_vars:,} genes, and {counts.key} is {counts.shape}.")
     total, name = np.zeros(counts.shape[0]), f"{counts.key} of {counts.path.name}"
-    for block, read in counts.blocks():
+    for first in range(0, counts.shape[0], ROWS):
+        block = slice(first, min(first + ROWS, counts.shape[0]))
+        read = counts.stored(block)
         check_counts(adata[block], read, name, "gene")
         total[block] = np.asarray(read.sum(axis=1, dtype=np.float64)).ravel()
     if not may_be_empty:
@@ -187,16 +193,22 @@ def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) 
 
 def _rows_of(group: Any, key: str, path: str | Path) -> Any:
     """Return a matrix that can be cut into rows; refuse one that is stored by columns."""
-    form = str(group[key].attrs.get("encoding-type", ""))
+    matrix = group[key]
+    form = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "")))
+    form = {"csr": "csr_matrix", "csc": "csc_matrix"}.get(form, form)  # as it was written before 2020
     if form == "csc_matrix":
         raise ValueError(f"{key} of {path} is stored by columns (CSC), and rows are needed: write it as adata.X.tocsr().")
-    return sparse_dataset(group[key]) if form == "csr_matrix" else group[key]
+    matrix = sparse_dataset(matrix) if form == "csr_matrix" else matrix
+    if len(getattr(matrix, "shape", ())) != 2:
+        raise StoreError(f"{key} of {path} is no matrix of cells and genes that anndata writes today. Write it again: adata.write_h5ad.")
+    return matrix
 
 
 def _stamp(path: Path, key: str) -> tuple[int, ...]:
-    """Return bytes and times of a file, or of what a folder says of its shapes; they change when the store does."""
-    metadata = (folder / name for folder in (path / key, path / key / "data") for name in (".zarray", ".zattrs", "zarr.json"))
-    told = [path] if path.is_file() else [file for file in metadata if file.is_file()]
+    """Return bytes and times of a file; of a folder, those of what holds its chunks and says its shapes, not of every chunk."""
+    places = (path / key, path / key / "c", path / key / "data", path / key / "data" / "c")
+    inside = (place / name for place in places for name in ("", ".zarray", ".zattrs", "zarr.json"))
+    told = [path] if path.is_file() else [file for file in inside if file.exists()]
     return tuple(number for file in told for number in (file.stat().st_size, file.stat().st_mtime_ns))
 
 

@@ -3,6 +3,8 @@
 import warnings
 from numbers import Real
 
+import torch
+
 from perturbprob.experiment.screen import Screen
 from perturbprob.model.cell_model import CellModel
 
@@ -24,6 +26,8 @@ def check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
             raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
     if lacking := sorted(set(model.assays) - set(screen.assays)):
         raise ValueError(f"The model has the assay {lacking[0]!r} and the screen has not. Make the model from this screen.")
+    if model.log_share.dtype != torch.float32:
+        raise ValueError(f"A model is trained in single precision; this one is in {model.log_share.dtype}. Take model.float().")
     if screen.n_cells < 2:
         raise ValueError(f"A fit needs at least 2 cells; the screen has {screen.n_cells}.")
     if not model.vocabulary.perturbations and not model.vocabulary.media and len(screen.times) < 2:

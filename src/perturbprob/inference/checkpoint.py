@@ -106,7 +106,7 @@ class Checkpoint:
         """Write beside the file, and put it in its place when all is on disk: whoever is killed leaves the old one, or the new."""
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside = self.path.with_name(f".{self.path.name}.part")
         try:
             with beside.open("wb") as file:
                 torch.save(kept, file)

@@ -4,7 +4,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -153,6 +153,11 @@ def launched(
         return work(Processes())
     if strategy == "auto":
         strategy = SCRIPT if hasattr(sys.modules["__main__"], "__file__") or _is_external() else FORK
+    if strategy == FORK and device.type == "cuda" and not _is_external():
+        raise ValueError(
+            f"The model is on {device}, and a process that has used a GPU cannot be split: run the training as a script, with "
+            "strategy='ddp', or on the CPU, model.to('cpu')."
+        )
     _check_devices(devices, device)
     fabric = _fabric(device, devices, strategy, num_nodes)
     if strategy != FORK or _is_external():
@@ -226,13 +231,21 @@ def _forked(fabric: Any, work: Callable[[Processes], Result], file: Path) -> Res
 
     def left(fabric: Any) -> None:
         torch.set_num_threads(1)  # the threads of a pool do not come along, and it would wait for them forever
-        result = _within(work, fabric)
+        try:
+            result: Any = _within(work, fabric)
+        except Exception as error:
+            if fabric.global_rank == 0 and type(error) is not RuntimeError:  # that says no more than that another was lost
+                with suppress(Exception):  # of some errors there is no copy
+                    file.write_bytes(pickle.dumps(error))
+            raise
         if fabric.global_rank == 0:
             file.write_bytes(pickle.dumps(result))
 
     try:
         fabric.launch(left)
     except ProcessRaisedException as error:
+        if file.exists():
+            raise pickle.loads(file.read_bytes()) from error
         last = [line for line in str(error).splitlines() if line.strip()][-1]
         raise RuntimeError(f"A process of the training failed: {last}") from error
     except ProcessExitedException as error:

@@ -125,6 +125,10 @@ class NonFiniteLoss(RuntimeError):
         super().__init__(message)
         self.fit = fit
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Say how another process makes it again."""
+        return type(self), (str(self), self.fit)
+
 
 def fit(
     model: CellModel,
@@ -198,7 +202,7 @@ def fit(
             return replace(fitted, screen=screen)
         except SolverError as error:
             # Pyro raises errors again with its own trace behind the message
-            raise SolverError(str(error).split("\n")[0]) from None
+            raise SolverError(str(error).split("\n")[0], error.cell, error.error) from None
         finally:
             pyro.util.set_rng_state(pyro_state)
 
@@ -237,7 +241,8 @@ class _Training:
 
     def run(self, progress: bool, each_epoch: Callable[[Fit], object] | None = None, path: str | Path | None = None) -> Fit:
         """Train epoch by epoch, keep the best, and return the fit."""
-        checkpoint = self._checkpoint(path)
+        checkpoint = self._checkpoint(self.processes.agreed(None if path is None else str(path)))
+        asks = self.processes.agreed(each_epoch is not None)
         self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
         self.processes.same(self.elbo)
         optimiser = torch.optim.Adam(self._groups(), lr=self.settings["learning_rate"], fused=True)
@@ -253,7 +258,7 @@ class _Training:
                 fall.step()
                 epochs.set_postfix(loss=f"{self.losses['train'][-1]:.4f}")
                 stop = self._stop(epoch)
-                stop = self._asked(each_epoch) or stop
+                stop = (asks and self._asked(each_epoch)) or stop
                 checkpoint.keep(self, optimiser, fall, ended=stop)
                 if stop:
                     break
@@ -271,10 +276,8 @@ class _Training:
 
     def _asked(self, each_epoch: Callable[[Fit], object] | None) -> bool:
         """Show the fit as it is to whoever wants to see it; say whether the training is to end."""
-        if each_epoch is None:
-            return False
         with torch.random.fork_rng(), pyro.validation_enabled():
-            return self.processes.first(lambda: each_epoch(self._fit(copy.deepcopy(self.elbo))) is True)
+            return self.processes.first(lambda: each_epoch is not None and each_epoch(self._fit(copy.deepcopy(self.elbo))) is True)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return all parameters, those of π with a learning rate of their own."""
@@ -340,7 +343,7 @@ class _Training:
 
     @torch.no_grad()
     def _validation(self) -> float:
-        """Return the held-out cells' negative ELBO given one draw of the globals, per cell and gene; the same noise each time."""
+        """Return the held-out cells' negative ELBO, per cell and gene, given a draw of the globals for each minibatch, of one seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if self.settings["objective"] != "elbo":

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from pyro import distributions as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from perturbprob.measurement.log_normal import LogNormal
 
@@ -25,10 +26,11 @@ class _Normal(torch.autograd.Function):
         ctx.save_for_backward(x, away, scale)
         ctx.of_log, ctx.shape = of_log, loc.shape
         flat = away.flatten()
-        total = -0.5 * flat.dot(flat) - scale.log().sum() * (len(flat) / scale.numel()) - 0.5 * math.log(2 * math.pi) * len(flat)
-        return total - line.sum() * (len(flat) / line.numel()) if of_log else total
+        total = -0.5 * flat.dot(flat) - scale.log().sum() * (len(flat) / max(1, scale.numel())) - 0.5 * math.log(2 * math.pi) * len(flat)
+        return total - line.sum() * (len(flat) / max(1, line.numel())) if of_log else total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
         """Return the gradients in x, loc and scale."""
         x, away, scale = ctx.saved_tensors

@@ -1,7 +1,6 @@
 """The law of a cell's counts on a CPU: one compiled pass over a minibatch gives log densities and their gradients."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, final
 
@@ -14,14 +13,14 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perturbprob.compiled import load
+from perturbprob.compiled import in_threads, load
 
 if TYPE_CHECKING:
     from perturbprob.measurement.counts import CountLaw
 
 LARGEST_TABLE = 32
 """Of counts up to it, at most, the terms with Γ are read from tables."""
-WORTH_A_THREAD = 200_000
+WORTH_A_THREAD = 20_000
 """So many counts are worth a thread of their own."""
 
 
@@ -156,11 +155,7 @@ def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...
         sums = compiled.Sums(_array(weight), log_prob, by_logits, by_depth, by_eta[k], by_gene[0, k], by_gene[1, k])
         compiled.fused(cut[k], cut[k + 1], rates, law, counts, sums)
 
-    if n_threads == 1:
-        part(0)
-    else:
-        with ThreadPoolExecutor(n_threads) as pool:
-            list(pool.map(part, range(n_threads)))
+    in_threads(part, n_threads)
     if np.isnan(log_prob).any():
         refuse_what_is_no_count(given.counts)
     of_genes = by_gene.sum(1).reshape(2, -1)[:, :n_genes].astype(np.float32)

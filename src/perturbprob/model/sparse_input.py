@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from perturbprob.compiled import load
+from perturbprob.compiled import in_threads, load
 
 SPARSE = 0.25
 """Up to this share of genes with a count a sparse minibatch is faster than a dense one."""
@@ -83,8 +82,4 @@ def _in_threads(name: str, size: int, *arguments: np.ndarray, out: np.ndarray) -
     """Call a compiled product, cut along its output."""
     product, n = getattr(cast("ModuleType", kernel()), name), max(1, min(torch.get_num_threads(), size // 32))
     cut = [k * size // n for k in range(n + 1)]
-    if n == 1:
-        product(*arguments, 0, size, out)
-        return
-    with ThreadPoolExecutor(n) as pool:
-        list(pool.map(lambda k: product(*arguments, cut[k], cut[k + 1], out), range(n)))
+    in_threads(lambda k: product(*arguments, cut[k], cut[k + 1], out), n)

@@ -140,6 +140,8 @@ def _checked(candidates: Mapping[str, Make], splits: Split | Iterable[Split], tr
         raise TypeError(f"select takes named candidates, as in {{'node': pb.node, 'vae': pb.vae}}; got {type(candidates).__name__}.")
     if wrong := sorted({"each_epoch", "validation", "objective"} & set(training)):
         raise ValueError(f"select decides {wrong[0]!r} itself, by held-out conditions: leave it out.")
+    if wrong := sorted({"checkpoint", "devices", "strategy", "num_nodes"} & set(training)):
+        raise ValueError(f"select fits many models, each in this process, and takes no {wrong[0]!r}: leave it out.")
     if not candidates:
         raise ValueError("No candidate to choose from: give at least one, as in {'node': pb.node}.")
     for name, make in candidates.items():
