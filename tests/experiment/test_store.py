@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import warnings
 
 import anndata
@@ -106,6 +107,34 @@ def test_dense_counts_and_layers_can_be_read(adata, tmp_path, in_memory):
     for kind in KINDS:
         screen = pb.Screen.from_store(written(other, tmp_path, kind), layer="counts", **HOW)
         assert_equal(screen.counts[10:50], in_memory.counts[10:50])
+
+
+def test_a_zarr_store_that_lost_a_chunk_or_is_written_over_or_gone(adata, tmp_path):
+    """zarr reads a chunk that is not there as zeros."""
+    for name in ("data", "indices", "indptr"):
+        path = written(adata, tmp_path, "zarr", name)
+        kept = [file for file in (path / "X" / name).rglob("*") if file.is_file() and file.name not in ("zarr.json", ".zarray", ".zattrs")]
+        kept[0].unlink()
+        with pytest.raises(StoreError, match=rf"lacks 1 of the \d+ chunks of X/{name}"):
+            pb.Screen.from_store(path, **HOW)
+    import zarr
+
+    path = written(adata, tmp_path, "zarr")
+    counts = pb.Screen.from_store(path, **HOW).counts
+    zarr.open_group(str(path), mode="a")["X/data"][10] = 77
+    with pytest.raises(StoreError, match="changed while it was in use"):
+        counts[:5]
+    shutil.rmtree(path)
+    with pytest.raises(StoreError, match="is gone"):
+        counts[:5]
+
+
+@pytest.mark.parametrize("wrong", [None, 5])
+def test_what_is_no_path_is_refused(adata, wrong):
+    with pytest.raises(TypeError, match=r"from_store reads the path of an h5ad file or a zarr store; got (NoneType|int)"):
+        store.open_store(wrong)
+    with pytest.raises(TypeError, match=r"Screen.from_store has no argument 'batches'. Did you mean 'batch'"):
+        pb.Screen.from_store("screen.h5ad", batches="lane")
 
 
 def test_what_needs_all_counts_says_so(path):

@@ -105,7 +105,11 @@ def test_another_training_is_refused_and_the_file_left_alone(small: pb.Screen, t
     before = path.read_bytes()
     fewer = small[np.arange(150)]
     deeper = replace(small, size_factor=small.size_factor * np.linspace(0.9, 1.1, small.n_cells))
+    swapped = small.counts.copy()
+    swapped.data[:2] = swapped.data[1::-1]  # sums of cells stay
+    assert swapped.data[0] != swapped.data[1]
     for others, message in [
+        ((model(small), replace(small, counts=swapped), SETTINGS), "not the same screen"),
         ((model(small, 3), small, SETTINGS), "not the same model. Name another file in checkpoint="),
         ((model(small), fewer, SETTINGS), "not the same screen"),
         ((model(small), deeper, SETTINGS), "not the same screen"),
@@ -124,20 +128,26 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
-@pytest.mark.parametrize("content", ["text", "cut", "other", "harmful", "folder"])
+@pytest.mark.parametrize("content", ["text", "cut", "flipped", "other", "harmful"])
 def test_what_is_no_checkpoint_is_refused(small: pb.Screen, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "fit.pt"
-    if content == "folder":
-        path.mkdir()
-    elif content == "cut":
+    if content in ("cut", "flipped"):
         interrupted(small, path, 1)
-        path.write_bytes(path.read_bytes()[:2000])
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(
+            whole[:2000]
+            if content == "cut"
+            else whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 64]) + whole[middle + 64 :]
+        )
     elif content == "text":
         path.write_text("epoch 3")
     else:
         torch.save({"format": 0} if content == "other" else Harmful(), path)
-    with pytest.raises(ValueError, match=r"fit\.pt (cannot be read as|is not) a checkpoint.* Name another file, or delete it"):
+    with pytest.raises(
+        ValueError, match=r"fit\.pt is no checkpoint of this version of perturbprob, or is damaged\. Name another file in checkpoint="
+    ):
         pb.fit(model(small), small, checkpoint=path, **SETTINGS)
     assert not (tmp_path / "harmed").exists()
 
@@ -165,3 +175,37 @@ def test_a_process_that_was_killed_goes_on_when_it_is_run_again(tmp_path: Path) 
     )
     assert killed.returncode == -signal.SIGKILL
     assert again.stdout == whole.stdout != ""
+
+
+def test_a_place_where_no_file_can_be_is_refused_before_any_work(small: pb.Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Training, "_epoch", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    for path, message in [
+        (tmp_path, r"is a folder\. Name a file in it"),
+        (tmp_path / "file" / "fit.pt", r"cannot be written: .*Name another"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pb.fit(model(small), small, checkpoint=path, **SETTINGS)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"checkpoint": 5}, "is the path of a file"),
+        ({"checkpoint": ""}, "is the path of a file"),
+        ({"each_epoch": 3}, "each_epoch is a function"),
+    ],
+)
+def test_what_is_no_path_and_no_function_is_refused(small: pb.Screen, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        pb.fit(model(small), small, **setting, **SETTINGS)
+
+
+def test_a_checkpoint_from_memory_serves_the_same_screen_on_disk(tmp_path: Path) -> None:
+    adata = pb.simulate(n_cells=120, n_genes=8, n_perturbations=2, n_batches=2, seed=1).adata
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    how = {"batch": "batch", "time": "time"}
+    memory, disk = pb.Screen.from_anndata(adata, **how), pb.Screen.from_store(tmp_path / "screen.h5ad", **how)
+    kept = [pb.fit(model(screen), screen, checkpoint=tmp_path / "fit.pt", **SETTINGS) for screen in (memory, disk)]
+    assert torch.equal(*map(parameters, kept))

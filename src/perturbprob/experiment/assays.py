@@ -276,10 +276,10 @@ def _obs(mdata: Any, parts: list[AnnData], cells: pd.Index, columns: Mapping[str
     return table.infer_objects()
 
 
-def arguments_of(reader: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all keyword arguments of a reader, those given and its defaults; refuse one that it does not have."""
-    known = {name: p.default for name, p in inspect.signature(reader).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    wrong = [name for name in given if name not in known]
+def arguments_of(reader: Callable[..., Any], given: Mapping[str, Any], name: str = "from_mudata") -> dict[str, Any]:
+    """Return all keyword arguments of a reader, those given and its defaults; refuse one that it does not have, in the name asked for."""
+    known = {parameter: p.default for parameter, p in inspect.signature(reader).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    wrong = [parameter for parameter in given if parameter not in known]
     if wrong:
-        raise TypeError(f"Screen.from_mudata has no argument {wrong[0]!r}. {nearest(wrong[0], known)}")
+        raise TypeError(f"Screen.{name} has no argument {wrong[0]!r}. {nearest(wrong[0], known)}")
     return known | dict(given)

@@ -168,7 +168,7 @@ class Screen:
         >>> screen.counts
         StoredCounts(2 cells × 2 genes, X of screen.h5ad)
         """
-        return cls._of(read_fields(read_names(path), arguments_of(cls.from_anndata, columns | {"layer": layer}), stored=path))
+        return cls._of(read_fields(read_names(path), arguments_of(cls.from_anndata, columns | {"layer": layer}, "from_store"), stored=path))
 
     def in_memory(self) -> Self:
         """Return this screen with its counts in memory; itself, where they are."""

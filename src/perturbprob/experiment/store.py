@@ -69,7 +69,7 @@ class StoredCounts:
 
     def __getattr__(self, name: str) -> Any:
         """Say what to do about what only a matrix in memory can do."""
-        if name.startswith("_") or not hasattr(csr_array, name):
+        if name.startswith("_") or not (hasattr(csr_array, name) or name in ("data", "indices", "indptr")):
             raise AttributeError(name)
         raise AttributeError(
             f"These counts stay on disk and have no {name!r}: take screen.in_memory(), or a part, screen[cells].in_memory()."
@@ -87,6 +87,8 @@ class StoredCounts:
 
     def _check(self) -> None:
         """Refuse a store that is not what it was."""
+        if not self.path.exists():
+            raise StoreError(f"{self.path} is gone: it is needed as long as its counts are.")
         if _stamp(self.path, self.key) != self.stamp:
             raise StoreError(f"{self.path} changed while it was in use. Read the screen again, and leave the file alone while it is read.")
 
@@ -149,6 +151,8 @@ def blocks(counts: csr_array | StoredCounts) -> Iterator[tuple[slice, csr_array]
 
 def open_store(path: str | Path) -> Any:
     """Open an h5ad file or a zarr store for reading."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"from_store reads the path of an h5ad file or a zarr store; got {type(path).__name__}. Data: from_anndata.")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -198,10 +202,20 @@ def _rows_of(group: Any, key: str, path: str | Path) -> Any:
     form = {"csr": "csr_matrix", "csc": "csc_matrix"}.get(form, form)  # as it was written before 2020
     if form == "csc_matrix":
         raise ValueError(f"{key} of {path} is stored by columns (CSC), and rows are needed: write it as adata.X.tocsr().")
-    matrix = sparse_dataset(matrix) if form == "csr_matrix" else matrix
+    if form == "csr_matrix":
+        _refuse_gaps(matrix, key, path)
+        matrix = sparse_dataset(matrix)
     if len(getattr(matrix, "shape", ())) != 2:
         raise StoreError(f"{key} of {path} is no matrix of cells and genes that anndata writes today. Write it again: adata.write_h5ad.")
     return matrix
+
+
+def _refuse_gaps(group: Any, key: str, path: str | Path) -> None:
+    """Refuse a zarr store that lost chunks: zarr reads them as 0."""
+    for name in ("data", "indices", "indptr"):
+        lost = getattr(group[name], "nchunks", 0) - getattr(group[name], "nchunks_initialized", 0)
+        if lost > 0 and not (name == "indices" and group.attrs["shape"][1] == 1):
+            raise StoreError(f"{path} lacks {lost} of the {group[name].nchunks} chunks of {key}/{name}. Copy or write it again.")
 
 
 def _stamp(path: Path, key: str) -> tuple[int, ...]:

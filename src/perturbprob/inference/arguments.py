@@ -1,5 +1,6 @@
 """The settings of a training: their defaults, and what is refused."""
 
+import os
 import warnings
 from numbers import Real
 
@@ -13,6 +14,14 @@ def default_minibatch(screen: Screen, objective: str) -> int:
     """Return a fiftieth of the cells within bounds; where cells of one condition are compared, at least eight for each."""
     size = min(256, max(32, screen.n_cells // 50))
     return max(size, 8 * len(screen.conditions)) if objective == "kds" else size
+
+
+def check_callers(each_epoch: object, checkpoint: object) -> None:
+    """Refuse what cannot be called after an epoch, and what names no file."""
+    if each_epoch is not None and not callable(each_epoch):
+        raise TypeError(f"each_epoch is a function of the fit as it is after an epoch; got {each_epoch!r}.")
+    if checkpoint is not None and (not isinstance(checkpoint, str | os.PathLike) or not str(checkpoint)):
+        raise TypeError(f"checkpoint is the path of a file, such as 'fit.pt'; got {checkpoint!r}.")
 
 
 def check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:

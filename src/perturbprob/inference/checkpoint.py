@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
 import torch
 
 from perturbprob.experiment.screen import Screen
@@ -18,19 +19,22 @@ from perturbprob.model.cell_model import CellModel
 if TYPE_CHECKING:
     from perturbprob.inference.fit import _Training
 
-FORMAT = 1
+FORMAT = 2
 """The version of the file's layout."""
 WHAT = ("model", "screen", "settings")
 
 
 def about(model: CellModel, screen: Screen, settings: dict[str, Any]) -> dict[str, str]:
-    """Return marks by which a training is known again: of the model all but its numbers, of the screen names, codes and depths."""
+    """Return marks by which a training is known again: of the model all but its numbers, of the screen all of it."""
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     names: list[Iterable[Any]] = [screen.cells, screen.genes, list(map(repr, screen.conditions)), screen.batches]
     known = [model.vocabulary.to_json(), model.recipe, shapes]
     screen_mark = sha256("\n".join("\t".join(map(str, part)) for part in names).encode())
     for codes in (screen.condition, screen.batch, screen.size_factor.astype("float32")):
         screen_mark.update(codes.tobytes())
+    # sums over cells, each with a weight of its own: the same from memory and from disk, and other if two counts change places
+    weight = 1.0 + np.arange(screen.n_cells) * 7919 % 10007
+    screen_mark.update(np.asarray(weight @ screen.counts, np.float64).tobytes())
     return {
         "model": sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest(),
         "screen": screen_mark.hexdigest(),
@@ -79,22 +83,42 @@ class Checkpoint:
         """Read the file, if there is one, and refuse that of another training."""
         path = self.path
         if path is None or not path.exists():
+            self._find_room()
             return None
-        if not path.is_file() or not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is not a checkpoint, or is damaged. Name another file, or delete it to start afresh.")
+        if path.is_dir():
+            raise ValueError(f"checkpoint={str(path)!r} is a folder. Name a file in it, such as {path / 'fit.pt'}.")
+        none = f"{path} is no checkpoint of this version of perturbprob, or is damaged. Name another file in checkpoint=."
         try:
-            kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ValueError(f"{path} cannot be read as a checkpoint: {first}. Name another file, or delete it.") from error
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch does not look
+            kept = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            raise ValueError(none) from error
         if not isinstance(kept, dict) or kept.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a checkpoint that this version of perturbprob writes. Name another file, or delete it.")
+            raise ValueError(none)
         if other := [name for name in WHAT if kept["marks"][name] != self.marks[name]]:
             raise ValueError(
                 f"{path} belongs to another training: not the same {' and '.join(other)}{self._settings(kept['marks'])}. Name another file "
                 "in checkpoint=, or delete this one to start afresh."
             )
         return kept
+
+    def _find_room(self) -> None:
+        """Make the folder of the file; refuse, before any work is done, where none can be written."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._beside()
+            beside.touch()
+            beside.unlink()
+        except OSError as error:
+            raise ValueError(f"checkpoint={str(self.path)!r} cannot be written: {error.strerror}. Name another file.") from error
+
+    def _beside(self) -> Path:
+        """Return where the file is written before it takes its place."""
+        assert self.path is not None
+        return self.path.with_name(f".{self.path.name}.part")
 
     def _settings(self, marks: dict[str, str]) -> str:
         """Say which settings differ."""
@@ -105,8 +129,7 @@ class Checkpoint:
     def _write(self, kept: dict[str, Any]) -> None:
         """Write beside the file, and put it in its place when all is on disk: whoever is killed leaves the old one, or the new."""
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.part")
+        beside = self._beside()
         try:
             with beside.open("wb") as file:
                 torch.save(kept, file)

@@ -21,7 +21,7 @@ from perturbprob.dynamics.solve import SolverError
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import Screen, require_screen
 from perturbprob.experiment.settings import check_seed
-from perturbprob.inference.arguments import check_arguments, default_minibatch
+from perturbprob.inference.arguments import check_arguments, check_callers, default_minibatch
 from perturbprob.inference.at_rest import AtRestLoss
 from perturbprob.inference.blame import blame
 from perturbprob.inference.checkpoint import Checkpoint, about
@@ -178,6 +178,7 @@ def fit(
     """
     require_screen(screen, partial=True)
     check_seed(seed)
+    check_callers(each_epoch, checkpoint)
     objective = chosen_objective(objective, distance, model)
     minibatch = default_minibatch(screen, objective) if minibatch is None else minibatch
     numbers = {"epochs": epochs, "minibatch": minibatch, "patience": patience, "warmup": warmup}
