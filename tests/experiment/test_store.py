@@ -129,8 +129,9 @@ def test_a_zarr_store_that_lost_a_chunk_or_is_written_over_or_gone(adata, tmp_pa
         counts[:5]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [None, 5])
-def test_what_is_no_path_is_refused(adata, wrong):
+def test_what_is_no_path_is_refused(wrong):
     with pytest.raises(TypeError, match=r"from_store reads the path of an h5ad file or a zarr store; got (NoneType|int)"):
         store.open_store(wrong)
     with pytest.raises(TypeError, match=r"Screen.from_store has no argument 'batches'. Did you mean 'batch'"):

@@ -136,18 +136,13 @@ def test_what_is_no_checkpoint_is_refused(small: pb.Screen, tmp_path: Path, cont
         interrupted(small, path, 1)
         whole = path.read_bytes()
         middle = len(whole) // 2
-        path.write_bytes(
-            whole[:2000]
-            if content == "cut"
-            else whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 64]) + whole[middle + 64 :]
-        )
+        wrong = bytes(byte ^ 255 for byte in whole[middle : middle + 64])
+        path.write_bytes(whole[:2000] if content == "cut" else whole[:middle] + wrong + whole[middle + 64 :])
     elif content == "text":
         path.write_text("epoch 3")
     else:
         torch.save({"format": 0} if content == "other" else Harmful(), path)
-    with pytest.raises(
-        ValueError, match=r"fit\.pt is no checkpoint of this version of perturbprob, or is damaged\. Name another file in checkpoint="
-    ):
+    with pytest.raises(ValueError, match=r"fit\.pt is no checkpoint of this version of perturbprob, or is damaged\. Name another"):
         pb.fit(model(small), small, checkpoint=path, **SETTINGS)
     assert not (tmp_path / "harmed").exists()
 
@@ -182,7 +177,7 @@ def test_a_place_where_no_file_can_be_is_refused_before_any_work(small: pb.Scree
     (tmp_path / "file").touch()
     for path, message in [
         (tmp_path, r"is a folder\. Name a file in it"),
-        (tmp_path / "file" / "fit.pt", r"cannot be written: .*Name another"),
+        (tmp_path / "file" / "fit.pt", r"cannot be written: .*Name another file"),
     ]:
         with pytest.raises(ValueError, match=message):
             pb.fit(model(small), small, checkpoint=path, **SETTINGS)
