@@ -136,12 +136,14 @@ def slope(points: dict[int, float]) -> float:
 def draw(lines: dict[str, dict[int, float]], path: Path) -> None:
     """Draw each line with its slope."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(2, 3, sharey=True).flat, lines.items(), strict=False):
         axes.loglog(list(points), list(points.values()), "o-")
         axes.set(xlabel=name, title=f"slope {slope(points):.2f}")
         axes.grid(alpha=0.3, which="both")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     figure.supylabel("time of an epoch per cell (µs)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
