@@ -215,7 +215,8 @@ def test_more_gpus_than_there_are() -> None:
         launched(lambda processes: processes, torch.device("cuda"), devices=n)
 
 
-def test_what_has_used_a_gpu_is_not_split() -> None:
+def test_what_has_used_a_gpu_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(ValueError, match=r"The model is on cuda, and a process that has used a GPU cannot be split"):
         launched(lambda processes: processes, torch.device("cuda"), devices=2, strategy="ddp_notebook")
 

@@ -153,12 +153,12 @@ def launched(
         return work(Processes())
     if strategy == "auto":
         strategy = SCRIPT if hasattr(sys.modules["__main__"], "__file__") or _is_external() else FORK
+    _check_devices(devices, device)
     if strategy == FORK and device.type == "cuda" and not _is_external():
         raise ValueError(
             f"The model is on {device}, and a process that has used a GPU cannot be split: run the training as a script, with "
             "strategy='ddp', or on the CPU, model.to('cpu')."
         )
-    _check_devices(devices, device)
     fabric = _fabric(device, devices, strategy, num_nodes)
     if strategy != FORK or _is_external():
         return fabric.launch(partial(_within, work))
