@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST_TABLE = 32
 """Of counts up to it, at most, the terms with Γ are read from tables."""
-WORTH_A_THREAD = 20_000
+WORTH_A_THREAD = 100_000
 """So many counts are worth a thread of their own."""
 
 
