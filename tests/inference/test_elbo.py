@@ -1,5 +1,6 @@
 """The ELBO, added up site by site, is Pyro's own."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -39,3 +40,12 @@ def test_it_and_its_gradients_are_those_of_pyro(make: Callable[[pb.Screen], pb.C
     assert own.keys() == grads.keys()
     for name, grad in own.items():
         torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-4 * float(grads[name].abs().max()) + 1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:The screen has one")
+def test_cells_that_share_nothing_that_is_sampled_can_be_fitted() -> None:
+    """Means of control cells with known noise, in one batch: no site stands above the plate."""
+    bulk = pb.simulate(n_cells=600, n_genes=6, n_perturbations=1, times=(1.0, 2.0, 3.0), n_batches=1, seed=1).screen.pseudobulk()
+    control = bulk[bulk.cells_of("control")]
+    fit = pb.fit(pb.node(control, measurement="known_noise"), control, epochs=2, validation=0.0, progress=False)
+    assert all(map(math.isfinite, fit.losses["train"]))

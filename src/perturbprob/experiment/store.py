@@ -121,9 +121,11 @@ class StoredCounts:
 
     def blocks(self) -> Iterator[tuple[slice, csr_array]]:
         """Go through all rows, block by block."""
-        for first in range(0, self.shape[0], ROWS):
-            block = slice(first, min(first + ROWS, self.shape[0]))
-            yield block, self[block]
+        return ((block, self[block]) for block in self.cut())
+
+    def cut(self) -> Iterator[slice]:
+        """Name the rows of each block."""
+        return (slice(first, min(first + ROWS, self.shape[0])) for first in range(0, self.shape[0], ROWS))
 
     def sum(self, axis: int | None = None, dtype: Any = np.float64) -> Any:
         """Return the sum of all counts, of each gene (axis 0) or of each cell (axis 1)."""
@@ -185,8 +187,7 @@ def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) 
     if adata.shape != counts.shape:
         raise StoreError(f"{counts.path} names {adata.n_obs:,} cells and {adata.n_vars:,} genes, and {counts.key} is {counts.shape}.")
     total, name = np.zeros(counts.shape[0]), f"{counts.key} of {counts.path.name}"
-    for first in range(0, counts.shape[0], ROWS):
-        block = slice(first, min(first + ROWS, counts.shape[0]))
+    for block in counts.cut():
         read = counts.stored(block)
         check_counts(adata[block], read, name, "gene")
         total[block] = np.asarray(read.sum(axis=1, dtype=np.float64)).ravel()

@@ -25,7 +25,7 @@ WHAT = ("model", "screen", "settings")
 
 
 def about(model: CellModel, screen: Screen, settings: dict[str, Any]) -> dict[str, str]:
-    """Return marks by which a training is known again: of the model all but its numbers, of the screen all of it."""
+    """Return marks by which a training is known again: of the model all but its numbers, of the screen names, codes, depths and counts."""
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     names: list[Iterable[Any]] = [screen.cells, screen.genes, list(map(repr, screen.conditions)), screen.batches]
     known = [model.vocabulary.to_json(), model.recipe, shapes]

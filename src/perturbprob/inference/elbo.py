@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Elbo(nn.Module):
     """−ELBO = −E_q [log p(x, z) − log q(z)] of one draw, z drawn such that gradients pass.
 
-    The estimate of `pyro.infer.Trace_ELBO`, in a third of the time that it takes beyond the laws themselves: nothing is kept of a site
-    but its term. Where edited cells may have escaped, each has a row for each way h, and the bound sums over them,
+    The estimate of `pyro.infer.Trace_ELBO`, but nothing is kept of a site but its value and its term. Where edited cells may have
+    escaped, each has a row for each way h, and the bound sums over them,
     log Σ_h p(h | π) p(x | z_h, h) p(z_h) / q(z_h | x, h), z_h ~ q(z | x, h). Each term has the expectation p(x, h), so it bounds log p(x)
     from below, and closer than a law q(h | x) of its own would: that law is the terms, scaled to a sum of 1.
     """
@@ -36,7 +36,8 @@ class Elbo(nn.Module):
     def forward(self, cells: Cells) -> Float[Tensor, ""]:
         """Return the loss of a minibatch, unfolded."""
         model, guide = self._terms(cells)
-        shared = torch.stack(guide.shared).sum() - torch.stack(model.shared).sum()
+        zero = self.model.log_share.new_zeros(())  # of what all cells share there may be nothing
+        shared = torch.stack([zero, *guide.shared]).sum() - torch.stack([zero, *model.shared]).sum()
         if cells.hits is None:
             return shared + sum(term.sum() for term in guide.own) - sum(term.sum() for term in model.own)
         return shared - self._scale(cells) * self._cells(model, guide, cells).sum()
