@@ -246,6 +246,8 @@ class _Training:
         asks = self.processes.agreed(each_epoch is not None)
         self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
         self.processes.same(self.elbo)
+        if self.settings["objective"] == "elbo":
+            self.elbo.record()
         optimiser = torch.optim.Adam(self._groups(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
         self.processes.part_ways(self.seed)

@@ -92,6 +92,7 @@ class BatchEffect(PyroModule):
         self.register_buffer("share", share)
         self.register_buffer("basis", basis)
         self.register_buffer("between", between)
+        self._nested = bool(between.any() and not between.all())
         self.register_buffer("covariates", None if covariates is None else _standardised(covariates, n_batches))
         if n_batches == 1:
             warnings.warn(
@@ -130,7 +131,7 @@ class BatchEffect(PyroModule):
 
     def _ratio(self) -> Float[Tensor, " free"]:
         """Return how much wider the columns between screens are than those within."""
-        if not self.between.any() or bool(self.between.all()):
+        if not self._nested:
             return torch.ones_like(self.between)
         ratio = pyro.sample("batch_screen_ratio", LogNormal(self._log(2.0), 0.7))
         return torch.where(self.between > 0, ratio, torch.ones_like(ratio))

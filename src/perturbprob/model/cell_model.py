@@ -109,11 +109,13 @@ class CellModel(PyroModule):
     def forward(self, cells: Cells) -> None:
         """Sample the screen, eqs 1-10 and 15. Global sites stand above the plate; ``z`` and ``counts`` are per cell."""
         sites = self.globals()
+        self.spreads()
+        self.own(sites, cells)
+
+    def own(self, sites: dict[str, Tensor], cells: Cells) -> None:
+        """Sample what is of the cells, given what all cells share, and the terms of assumptions."""
         for bound in self.assumptions:
             pyro.factor(bound.name, bound.term(self, sites))  # above the plate: once per screen, not once per cell
-        for name, part in {"decoder": self.decoder, **self.assays}.items():
-            if isinstance(part, Decoder | AssayHead):
-                pyro.factor(f"{name}_spread", log_prior(part.network, part.points))
         with pyro.plate("cell", cells.total, subsample=cells.index):
             if self.penetrance is not None and cells.hits is not None:  # a row for each way that an edited cell may have gone
                 pyro.sample("hit", self.penetrance.law(sites, cells.hits), obs=cells.hits.hit)
@@ -136,6 +138,12 @@ class CellModel(PyroModule):
             own |= effect()
         escape = {} if self.penetrance is None else self.penetrance()
         return {**eta, "gene_bias": bias, **self.mark_effect(), **measurement, **own, **escape}
+
+    def spreads(self) -> None:
+        """Add the prior of how far networks move their genes, above the plate."""
+        for name, part in {"decoder": self.decoder, **self.assays}.items():
+            if isinstance(part, Decoder | AssayHead):
+                pyro.factor(f"{name}_spread", log_prior(part.network, part.points))
 
     def at_rest(self, n_cells: int) -> dist.Distribution:
         """Return the law of z₀ for each cell, and of the noise of its way behind it: Normal(0, I), or the known start."""

@@ -262,6 +262,10 @@ class Guide(nn.Module):
     def forward(self, cells: Cells) -> None:
         """Sample the global sites, and the rest state of each cell of the minibatch."""
         self.globals()
+        self.own(cells)
+
+    def own(self, cells: Cells) -> None:
+        """Sample the rest state of each cell of the minibatch."""
         with pyro.plate("cell", cells.total, subsample=cells.index), pyro.poutine.scale(scale=cells.warmth):
             pyro.sample("z", self.rest(cells))
 
