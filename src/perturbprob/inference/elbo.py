@@ -1,5 +1,6 @@
 """The evidence lower bound, added up as the sites of guide and model are sampled."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
 import pyro
@@ -10,7 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from perturbprob.inference.recording import Recording
+from perturbprob.inference.recording import NotRecordable, Recording
 from perturbprob.measurement.density import log_density
 from perturbprob.model.cells import Cells
 from perturbprob.model.penetrance import fold
@@ -38,8 +39,8 @@ class Elbo(nn.Module):
         self._names: list[str] = []
 
     def record(self) -> None:
-        """Replay from now on what all cells share instead of running it: the same numbers, in a third of the time."""
-        with pyro.validation_enabled(False):  # it decides by values
+        """Replay from now on what all cells share instead of running it, if it can be: the same numbers, in a third of the time."""
+        with pyro.validation_enabled(False), suppress(NotRecordable):  # validation decides by values
             self._recording = Recording(self._flat, tuple(self.parameters()))
 
     def forward(self, cells: Cells) -> Float[Tensor, ""]:
@@ -61,8 +62,7 @@ class Elbo(nn.Module):
         with _Terms(guide.values) as model:
             sites = self.model.globals()
             self.model.spreads()
-        zero = self.model.log_share.new_zeros(())  # of what all cells share there may be nothing
-        return torch.stack([zero, *guide.shared]).sum() - torch.stack([zero, *model.shared]).sum(), sites
+        return guide.shared() - model.shared(), sites
 
     def _flat(self) -> tuple[Tensor, ...]:
         """Return the same one behind the other."""
@@ -81,7 +81,7 @@ class Elbo(nn.Module):
             self.guide.own(cells)
         with _Terms(guide.values) as model:
             self.model.own(sites, cells)
-        return shared - sum(model.shared), model, guide
+        return shared - model.shared(), model, guide
 
     def _scale(self, cells: Cells) -> float:
         """Return how many rows each row stands for."""
@@ -94,7 +94,7 @@ class Elbo(nn.Module):
 
 
 class _Terms(Messenger):  # type: ignore[misc]
-    """Collects log densities as sites are sampled: of what all cells share, in all, and of each cell.
+    """Collects sites as they are sampled: the laws of what all cells share, and the log density of each cell.
 
     Gives sites the values that were drawn before, where there are any.
     """
@@ -103,8 +103,12 @@ class _Terms(Messenger):  # type: ignore[misc]
         """Start without any."""
         super().__init__()
         self.given, self.values = given or {}, dict[str, Tensor]()
-        self.shared: list[Tensor] = []
+        self.laws: dict[str, dist.Distribution] = {}
         self.own: list[Tensor] = []
+
+    def shared(self) -> Float[Tensor, ""]:
+        """Return the log density of what all cells share."""
+        return log_density(list(self.laws.values()), [self.values[name] for name in self.laws])
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         """Give the site its value."""
@@ -121,4 +125,4 @@ class _Terms(Messenger):  # type: ignore[misc]
         if any(frame.name == "cell" for frame in msg["cond_indep_stack"]):
             self.own.append(scale_and_mask(law.log_prob(value), msg["scale"], msg["mask"]))
         else:
-            self.shared.append(scale_and_mask(log_density(law, value), msg["scale"], msg["mask"]))
+            self.laws[msg["name"]] = law

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import pyro
-import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float, Int
 from pyro.distributions import constraints
@@ -18,6 +17,7 @@ from perturbprob.measurement.batch_effect import BatchEffect
 from perturbprob.measurement.counts import CountLaw, sample_dispersion
 from perturbprob.measurement.decoder import normal_points
 from perturbprob.measurement.log_normal import LogNormal
+from perturbprob.measurement.logit_normal import LogitNormal
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class ProteinHead(AssayHead):
     def own(self) -> dict[str, Tensor]:
         """Sample level, dispersion, background and its weight."""
         background = pyro.sample("background", LogNormal((0.5 * self.level).log(), 1.0).to_event(1))
-        weight = dist.TransformedDistribution(dist.Normal(torch.zeros_like(self.level), 1.5), [dist.transforms.SigmoidTransform()])
+        weight = LogitNormal(torch.zeros_like(self.level), 1.5)
         sites = {"background": background, "background_weight": pyro.sample("background_weight", weight.to_event(1))}
         return sites | {"level": self._level(0.5)} | {"dispersion": sample_dispersion(torch.zeros_like(self.level))}
 

@@ -13,6 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from perturbprob.measurement.log_normal import LogNormal
+from perturbprob.measurement.logit_normal import LogitNormal
 from perturbprob.measurement.rate import Rate
 
 GATE_PRIOR = 0.01
@@ -248,5 +249,4 @@ class ZeroInflatedNegativeBinomial(CountHead):
     def globals(self) -> dict[str, Float[Tensor, " gene"]]:
         """Sample the dispersion and the gate."""
         logit = self.zero + math.log(GATE_PRIOR / (1 - GATE_PRIOR))
-        gate = dist.TransformedDistribution(dist.Normal(logit, 1.0), [dist.transforms.SigmoidTransform()])
-        return {"dispersion": sample_dispersion(self.zero), "gate": pyro.sample("gate", gate.to_event(1))}
+        return {"dispersion": sample_dispersion(self.zero), "gate": pyro.sample("gate", LogitNormal(logit, 1.0).to_event(1))}

@@ -1,67 +1,67 @@
-"""Log densities of all that one site holds, in one step of the gradient's way back."""
+"""The log density of many sites together, most of them normal on some line."""
 
 import math
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from pyro import distributions as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from perturbprob.measurement.log_normal import LogNormal
 
 
-@final
-class _Normal(torch.autograd.Function):
-    """Σ −((x − loc) / scale)² / 2 − log(scale √(2π)), or the same of log x, − log x: of torch's own law each term would be a step."""
+class OnLine(NamedTuple):
+    """x, and the normal law of x itself, of log x or of logit x; the shapes of ``loc`` and ``scale`` broadcast to that of ``x``."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Float[Tensor, "*x"], loc: Float[Tensor, "*loc"], scale: Float[Tensor, "*scale"], of_log: bool
-    ) -> Float[Tensor, ""]:
-        """Return the sum over all that the shapes broadcast to."""
-        line = x.log() if of_log else x
-        away = (line - loc) / scale
-        ctx.save_for_backward(x, away, scale)
-        ctx.of_log, ctx.shape = of_log, loc.shape
-        flat = away.flatten()
-        total = -0.5 * flat.dot(flat) - scale.log().sum() * (len(flat) / max(1, scale.numel())) - 0.5 * math.log(2 * math.pi) * len(flat)
-        return total - line.sum() * (len(flat) / max(1, line.numel())) if of_log else total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        """Return the gradients in x, loc and scale."""
-        x, away, scale = ctx.saved_tensors
-        slope = away / scale * grad[0]
-        wanted, of_x, of_loc, of_scale = ctx.needs_input_grad, None, None, None
-        if wanted[0]:
-            of_x = ((slope + grad[0]) / -x if ctx.of_log else -slope).sum_to_size(x.shape)
-        if wanted[1]:
-            of_loc = slope.sum_to_size(ctx.shape)
-        if wanted[2]:
-            of_scale = (slope * away - grad[0] / scale).sum_to_size(scale.shape)
-        return of_x, of_loc, of_scale, None
+    line: Literal["itself", "log", "logit"]
+    x: Float[Tensor, "*x"]
+    loc: Float[Tensor, "*#x"]
+    scale: Float[Tensor, "*#x"]
 
 
-def normal(x: Float[Tensor, "*x"], loc: Float[Tensor, "*loc"], scale: Float[Tensor, "*scale"]) -> Float[Tensor, ""]:
-    """Return the log density of all x ~ Normal(loc, scale) together; the shapes broadcast.
+def log_density(laws: Sequence[dist.Distribution], values: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return the log density of all values together, each by its law.
+
+    What is normal on some line, which a law says of itself by ``on_line(value)``, is dealt with as one long vector y,
+    −Σ ((y − loc) / scale)² / 2 − log(scale √(2π)) + log |dy/dx|: the time of many small sites is that of their number.
 
     >>> x = torch.tensor([0.5, 2.0])
-    >>> exact = torch.distributions.Normal(1.0, 2.0).log_prob(x).sum()
-    >>> bool(torch.isclose(normal(x, torch.tensor(1.0), torch.tensor(2.0)), exact))
+    >>> laws = [dist.Normal(1.0, torch.tensor(2.0)).expand([2]).to_event(1), dist.Exponential(torch.ones(2)).to_event(1)]
+    >>> bool(torch.isclose(log_density(laws, [x, x]), laws[0].log_prob(x) + laws[1].log_prob(x)))
     True
     """
-    return _Normal.apply(x, loc, scale, False)
+    normal, others = list[OnLine](), list[Tensor]()
+    for law, value in zip(laws, values, strict=True):
+        while isinstance(law, torch.distributions.Independent):
+            law = law.base_dist
+        if hasattr(law, "on_line"):
+            normal.append(law.on_line(value))
+        elif type(law) is dist.Normal:
+            normal.append(OnLine("itself", value, law.loc, law.scale))
+        else:
+            others.append(law.log_prob(value).sum())
+    if normal:
+        others.append(_normal(sorted(normal, key=lambda site: site.line)))
+    return torch.stack(others).sum() if others else torch.zeros(())
 
 
-def log_density(law: dist.Distribution, value: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Return the log density of all that a site holds, added up."""
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
-    if isinstance(law, LogNormal):
-        return _Normal.apply(value, law.loc, law.scale, True)
-    if type(law) is dist.Normal:
-        return normal(value, law.loc, law.scale)
-    return law.log_prob(value).sum()
+def _normal(sites: Sequence[OnLine]) -> Float[Tensor, ""]:
+    """Return the log density of sites that are normal on some line, those of one line one behind the other."""
+    lines, total = list[Tensor](), sites[0].x.new_zeros(())
+    for line in dict.fromkeys(site.line for site in sites):
+        x = torch.cat([site.x.flatten() for site in sites if site.line == line])
+        if line == "log":
+            x = x.log()
+            total = total - x.sum()
+        elif line == "logit":
+            to_one, to_zero = x.log(), torch.log1p(-x)
+            x, total = to_one - to_zero, total - to_one.sum() - to_zero.sum()
+        lines.append(x)
+    loc, scale = (torch.cat([_like(getattr(site, part), site.x) for site in sites]) for part in ("loc", "scale"))
+    away = (torch.cat(lines) - loc) / scale
+    return total - 0.5 * away.dot(away) - (scale.log().sum() + 0.5 * math.log(2 * math.pi) * len(away))
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """Return a value for each number of x, flat."""
+    return value.expand(x.shape).flatten()

@@ -11,6 +11,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
+from perturbprob.measurement.density import OnLine
+
 
 @final
 class LogNormal(TorchDistribution):
@@ -60,6 +62,10 @@ class LogNormal(TorchDistribution):
         """Return the log density of each x."""
         log = value.log()
         return -0.5 * ((log - self.loc) / self.scale).square() - log - self.scale.log() - 0.5 * math.log(2 * math.pi)
+
+    def on_line(self, value: Float[Tensor, "*site"]) -> OnLine:
+        """Return the normal law of log x."""
+        return OnLine("log", value, self.loc, self.scale)
 
     def cdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the probability of no more than x."""

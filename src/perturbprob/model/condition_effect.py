@@ -14,7 +14,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from perturbprob.experiment.action import Action, Media, Protocol, Wait
-from perturbprob.measurement.density import normal
+from perturbprob.measurement.density import OnLine
 from perturbprob.measurement.log_normal import LogNormal
 
 Term = tuple[str, ...]
@@ -101,9 +101,11 @@ class FromRest(TorchDistribution):
 
     def log_prob(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw"]:
         """Log-density of whole paths."""
-        if value.ndim == len(self.event_shape):
-            return normal(value, self.expected(value), self.innovation)
         return dist.Normal(self.expected(value), self.innovation).log_prob(value).sum((-1, -2))
+
+    def on_line(self, value: Float[Tensor, "node gene"]) -> OnLine:
+        """Return the normal law of each node given the node before it."""
+        return OnLine("itself", value, self.expected(value), self.innovation)
 
     def expected(self, value: Float[Tensor, "*draw node gene"]) -> Float[Tensor, "*draw node gene"]:
         """Return the mean of each node given the node before it."""

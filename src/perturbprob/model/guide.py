@@ -18,6 +18,7 @@ from perturbprob.experiment.moments import membership
 from perturbprob.experiment.store import StoredCounts, blocks
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.measurement.log_normal import LogNormal
+from perturbprob.measurement.logit_normal import LogitNormal
 from perturbprob.model.cell_model import CellModel
 from perturbprob.model.cells import Cells
 from perturbprob.model.condition_effect import FromRest
@@ -385,11 +386,6 @@ def _middle(site: dict) -> Tensor:
         law = law.base_dist
     if isinstance(law, torch.distributions.Beta):
         return law.mean.detach()
-    if isinstance(law, LogNormal):
+    if isinstance(law, LogNormal | LogitNormal):
         return law.median.detach()
-    if isinstance(law, torch.distributions.TransformedDistribution):
-        value = law.base_dist.mean
-        for transform in law.transforms:
-            value = transform(value)
-        return value.detach()
     return 0.1 * site["value"].detach() / site["value"].detach().abs().max().clamp(min=1e-6)

@@ -1,0 +1,151 @@
+"""A replay gives what the function gives, and what cannot be replayed is refused."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+import perturbprob as pb
+from perturbprob.inference.elbo import Elbo
+from perturbprob.inference.recording import NotRecordable, Recording
+from perturbprob.measurement.counts import CountHead
+from perturbprob.model.cells import CellTable
+from perturbprob.model.guide import Guide, node_design
+
+
+def parameters() -> list[Tensor]:
+    """Three of them."""
+    return [torch.linspace(-1, 1, n).requires_grad_() for n in (4, 3, 2)]
+
+
+def both(function: Callable[[], list[Tensor]], recording: Recording, given: list[Tensor]) -> list[Any]:
+    """Return results and gradients of function and replay at the same random numbers."""
+    found = []
+    for run in (function, recording):
+        torch.manual_seed(7)
+        values = run()
+        total = sum((k + 1.0) * value.sum() for k, value in enumerate(values) if value.requires_grad)
+        found.append([*values, *torch.autograd.grad(total, given, allow_unused=True)])
+    return found
+
+
+def test_at_other_values_and_random_numbers_it_gives_the_same_to_the_last_bit() -> None:
+    x, w, _ = given = parameters()
+    fixed = torch.ones(4)
+
+    def function() -> list[Tensor]:
+        noise = torch.randn(4)
+        first, second = torch.cat([x.exp() * noise, w.clamp(min=0.2)]).split([4, 3])
+        room = torch.zeros(4)
+        return [first, (first.dot(fixed.log1p() + 1) + second.var()), w, room, first, torch.stack([w.sum(), noise.sum()])]
+
+    recording = Recording(function, given)
+    for _ in range(2):
+        own, theirs = both(function, recording, given)
+        for one, other in zip(own, theirs, strict=True):
+            assert one is other is None or torch.equal(one, other)
+        assert [value.requires_grad for value in own[:6]] == [value.requires_grad for value in theirs[:6]]
+        with torch.no_grad():
+            x += 1
+            w *= -2
+    assert theirs[-1] is None
+    assert copy.deepcopy(recording) is recording
+
+
+def test_a_parameter_that_is_held_gets_no_gradient() -> None:
+    x, w, _ = given = parameters()
+    recording = Recording(lambda: [x.square().sum() + w.square().sum()], given)
+    w.requires_grad_(False)
+    recording()[0].backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+    assert w.grad is None
+
+
+def test_random_numbers_of_others_are_left_alone() -> None:
+    x, *_ = given = parameters()
+    before = torch.get_rng_state()
+    recording = Recording(lambda: [x * torch.randn(4)], given)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(recording()[0], recording()[0])
+
+
+class _Seen:
+    """Something that a function remembers."""
+
+    n = 0
+
+
+def _counting(x: Tensor) -> list[Tensor]:
+    _Seen.n += 1
+    return [_Seen.n * x]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x * 2 if float(x.sum()) > 0 else x],  # decides by a value
+        lambda x: [x * torch.from_numpy(x.detach().numpy() * torch.rand(4).numpy())],  # goes behind torch's back
+        lambda x: [x * torch.zeros(4).copy_(x)],  # writes over what was there before
+        _counting,
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(function: Callable[[Tensor], list[Tensor]]) -> None:
+    x, *_ = given = parameters()
+    with pytest.raises(NotRecordable):
+        Recording(lambda: function(x), given)
+
+
+@pytest.fixture(scope="module")
+def screen() -> pb.Screen:
+    """Two media, two times, four batches of two laboratories."""
+    return pb.simulate(n_cells=150, n_genes=8, n_perturbations=2, media=("rest", "drug"), times=(1.0, 2.0), n_batches=4, seed=4).screen
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(pb.node, n_latent=2),
+        partial(pb.vae, n_latent=2, measurement="zero_inflated_negative_binomial"),
+        partial(pb.vae, n_latent=2, shift="sparse", measurement="poisson"),
+        partial(pb.neural_sde, n_latent=2, n_steps=3),
+        partial(pb.causal_context, n_latent=2),
+        partial(pb.node, n_latent=2, penetrance=True),
+        partial(pb.node, n_latent=2, batch_effect="state", assumptions=[pb.UneditedStable(), pb.SteadyState()]),
+    ],
+)
+def test_the_losses_of_every_structure_are_the_same_recorded_or_not(
+    make: Callable[[pb.Screen], pb.CellModel], screen: pb.Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(screen)
+    recorded = pb.fit(model, screen, epochs=4, progress=False)
+    elbo = Elbo(model, Guide(model, node_design(model, screen)))
+    elbo.record()
+    assert elbo._recording is not None
+    monkeypatch.setattr(Elbo, "record", lambda self: None)
+    assert recorded.losses == pb.fit(model, screen, epochs=4, progress=False).losses
+
+
+class ByValue(CountHead):
+    """A head of a user's, whose prior depends on what was drawn."""
+
+    sites = ()
+
+    def globals(self) -> dict[str, Tensor]:
+        """Sample a number that is used nowhere."""
+        first = pyro.sample("first", pyro.distributions.Normal(self.zero[0], 1.0))
+        pyro.sample("second", pyro.distributions.Normal(self.zero[0] + (1.0 if first > 0 else -1.0), 1.0))
+        return {}
+
+
+def test_a_model_that_cannot_be_recorded_is_run(screen: pb.Screen) -> None:
+    model = pb.vae(screen, n_latent=2, measurement="poisson")
+    model.measurement = ByValue(screen.n_genes)
+    elbo = Elbo(model, Guide(model, node_design(model, screen)))
+    elbo.record()
+    assert elbo._recording is None
+    assert torch.isfinite(elbo(CellTable(model, screen).cells(torch.arange(20), screen.n_cells)))
