@@ -291,13 +291,13 @@ class _Training:
 
     def _epoch(self, optimiser: torch.optim.Optimizer) -> float:
         """Take one pass over the training cells; return the mean loss per cell and gene."""
-        total, n_steps = 0.0, 0
+        total, n_steps, parameters = 0.0, 0, list(self.elbo.parameters())
         self.guide.hold(held=self._warmth() < 1)
         for index, counts in shuffled(self.screen.counts, self.training, self.settings["minibatch"], self.processes):
             optimiser.zero_grad()
             own = self._backward(index, counts)
             loss = self.processes.averaged(self.elbo, own, len(index))
-            norm = torch.nn.utils.clip_grad_norm_(self.elbo.parameters(), 10.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 10.0)
             if not torch.isfinite(loss) or not torch.isfinite(norm):
                 elsewhere = not len(index) or bool(own.isfinite() and not loss.isfinite())
                 raise NonFiniteLoss(blame(self, index, counts, elsewhere=elsewhere), self._fit(self.elbo))
@@ -351,8 +351,8 @@ class _Training:
             torch.manual_seed(self.seed)
             if self.settings["objective"] != "elbo":
                 return self.processes.agreed(float(self.elbo.between_cells(self.table.cells(self.held, len(self.held)))))
-            loss, held = Elbo(self.model, self.guide), self.processes.part(self.held.split(self.settings["minibatch"]))
-            total = sum(float(loss.between_cells(self.table.unfolded(index, len(index)))) for index in held)
+            held = self.processes.part(self.held.split(self.settings["minibatch"]))
+            total = sum(float(self.elbo.between_cells(self.table.unfolded(index, len(index)))) for index in held)
             total = sum(self.processes.gathered(total))
         return total / (len(self.held) * self.screen.n_genes)
 
