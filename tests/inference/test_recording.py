@@ -122,12 +122,12 @@ def test_the_losses_of_every_structure_are_the_same_recorded_or_not(
     make: Callable[[pb.Screen], pb.CellModel], screen: pb.Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make(screen)
-    recorded = pb.fit(model, screen, epochs=4, progress=False)
+    recorded = pb.fit(model, screen, epochs=4, minibatch=75, progress=False)
     elbo = Elbo(model, Guide(model, node_design(model, screen)))
     elbo.record()
     assert elbo._recording is not None
     monkeypatch.setattr(Elbo, "record", lambda self: None)
-    assert recorded.losses == pb.fit(model, screen, epochs=4, progress=False).losses
+    assert recorded.losses == pb.fit(model, screen, epochs=4, minibatch=75, progress=False).losses
 
 
 class ByValue(CountHead):
