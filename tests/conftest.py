@@ -1,5 +1,6 @@
 """What every test shares: shapes and types checked at run time, and the study data."""
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,6 +55,12 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there for good out of the search for what can be freed: the libraries are millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pyro
@@ -118,16 +119,37 @@ def screen() -> pb.Screen:
         partial(pb.node, n_latent=2, batch_effect="state", assumptions=[pb.UneditedStable(), pb.SteadyState()]),
     ],
 )
-def test_the_losses_of_every_structure_are_the_same_recorded_or_not(
-    make: Callable[[pb.Screen], pb.CellModel], screen: pb.Screen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make(screen)
-    recorded = pb.fit(model, screen, epochs=4, minibatch=75, progress=False)
-    elbo = Elbo(model, Guide(model, node_design(model, screen)))
-    elbo.record()
-    assert elbo._recording is not None
-    monkeypatch.setattr(Elbo, "record", lambda self: None)
-    assert recorded.losses == pb.fit(model, screen, epochs=4, minibatch=75, progress=False).losses
+def test_the_losses_of_every_structure_are_the_same_recorded_or_not(make: Callable[[pb.Screen], pb.CellModel], screen: pb.Screen) -> None:
+    losses = []
+    for recorded in (True, False):
+        pyro.set_rng_seed(3)
+        model = make(screen)
+        elbo, table = Elbo(model, Guide(model, node_design(model, screen))), CellTable(model, screen)
+        elbo.guide.start(model, screen)
+        if recorded:
+            elbo.record()
+        assert (elbo._recording is not None) == recorded
+        optimiser, cells = torch.optim.Adam(elbo.parameters(), lr=1e-2), table.unfolded(torch.arange(0, screen.n_cells, 3), screen.n_cells)
+        for held in (True, True, False, False):
+            elbo.guide.hold(held=held)
+            optimiser.zero_grad()
+            loss = elbo(cells)
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+        losses.append(float(elbo.between_cells(cells).detach()))
+    assert losses[:5] == losses[5:]
+
+
+def test_a_training_is_the_same_recorded_or_not(screen: pb.Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, losses, made = pb.node(screen, n_latent=2), [], []
+    record = Elbo.record
+    monkeypatch.setattr(Elbo, "record", lambda self: (made.append(self), record(self)))
+    for worth in (1, 1000):
+        monkeypatch.setattr(import_module("perturbprob.inference.fit"), "WORTH_RECORDING", worth)
+        losses.append(pb.fit(model, screen, epochs=4, minibatch=75, progress=False).losses)
+    assert len(made) == 1
+    assert losses[0] == losses[1]
 
 
 class ByValue(CountHead):
