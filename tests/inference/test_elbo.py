@@ -8,9 +8,11 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from torch import Tensor
 
 import perturbprob as pb
 from perturbprob.inference.elbo import Elbo
+from perturbprob.measurement.counts import CountHead, Poisson
 from perturbprob.model.cells import CellTable
 from perturbprob.model.guide import Guide, node_design
 
@@ -49,3 +51,33 @@ def test_cells_that_share_nothing_that_is_sampled_can_be_fitted() -> None:
     control = bulk[bulk.cells_of("control")]
     fit = pb.fit(pb.node(control, measurement="known_noise"), control, epochs=2, validation=0.0, progress=False)
     assert all(map(math.isfinite, fit.losses["train"]))
+
+
+class Weighed(CountHead):
+    """A head of a user's, of which some sites count more than once, or not at all."""
+
+    sites = ()
+
+    def globals(self) -> dict[str, Tensor]:
+        """Sample what is used nowhere."""
+        with pyro.poutine.scale(scale=3.0):
+            pyro.sample("weighed", pyro.distributions.Normal(self.zero[0], 1.0), obs=torch.tensor(2.0))
+        with pyro.poutine.mask(mask=False):
+            pyro.sample("masked", pyro.distributions.Normal(self.zero[0], 1.0), obs=torch.tensor(3.0))
+        return {}
+
+
+def test_global_sites_keep_their_scales_and_masks() -> None:
+    screen = pb.simulate(n_cells=60, n_genes=6, n_perturbations=1, n_batches=2, seed=4).screen
+    values = []
+    for head in (Poisson(screen.n_genes), Weighed(screen.n_genes)):
+        model = pb.vae(screen, n_latent=2, measurement="poisson")
+        model.measurement = head
+        guide = Guide(model, node_design(model, screen))
+        cells = CellTable(model, screen).cells(torch.arange(20), screen.n_cells)
+        pyro.set_rng_seed(1)
+        loss = Elbo(model, guide)
+        torch.manual_seed(2)
+        values.append(float(loss(cells).detach()))
+    half = 0.5 * math.log(2 * math.pi)
+    assert values[1] - values[0] == pytest.approx(3 * (2 + half), rel=1e-3)

@@ -67,6 +67,26 @@ def test_a_parameter_that_is_held_gets_no_gradient() -> None:
     assert w.grad is None
 
 
+def test_a_parameter_that_is_frozen_stays_as_it_is() -> None:
+    x, w, _ = given = parameters()
+    w.requires_grad_(False)
+    recording = Recording(lambda: [x.sum() * w.sum()], given)
+    for one, other in zip(*both(lambda: [x.sum() * w.sum()], recording, [x]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_parameters_are_left_as_they_were() -> None:
+    given = parameters()
+    Recording(lambda: [value.square().sum() for value in given], given)
+    assert all(torch.equal(one, other) for one, other in zip(given, parameters(), strict=True))
+
+
+def test_what_it_returns_can_be_written_over() -> None:
+    recording = Recording(lambda: [torch.zeros(2)], parameters())
+    recording()[0].add_(1)
+    assert torch.equal(recording()[0], torch.zeros(2))
+
+
 def test_random_numbers_of_others_are_left_alone() -> None:
     x, *_ = given = parameters()
     before = torch.get_rng_state()
@@ -81,6 +101,9 @@ class _Seen:
     n = 0
 
 
+STEPS = torch.zeros(4)
+
+
 def _counting(x: Tensor) -> list[Tensor]:
     _Seen.n += 1
     return [_Seen.n * x]
@@ -91,7 +114,12 @@ def _counting(x: Tensor) -> list[Tensor]:
     [
         lambda x: [x * 2 if float(x.sum()) > 0 else x],  # decides by a value
         lambda x: [x * torch.from_numpy(x.detach().numpy() * torch.rand(4).numpy())],  # goes behind torch's back
+        lambda x: [x * 2 if x.tolist()[0] == -1 else x],
+        lambda x: [x * torch.from_numpy(x.detach().numpy().copy())],
+        lambda x: [x[x > -1.0].mean()],  # a shape that depends on values
         lambda x: [x * torch.zeros(4).copy_(x)],  # writes over what was there before
+        lambda x: [torch.mul(x.detach().exp(), 2, out=torch.empty(4)) * x],
+        lambda x: [x * STEPS.add_(1)],
         _counting,
     ],
 )
@@ -150,6 +178,17 @@ def test_a_training_is_the_same_recorded_or_not(screen: pb.Screen, monkeypatch: 
         losses.append(pb.fit(model, screen, epochs=4, minibatch=75, progress=False).losses)
     assert len(made) == 1
     assert losses[0] == losses[1]
+
+
+def test_a_fit_is_fitted_further_and_what_is_frozen_stays(screen: pb.Screen) -> None:
+    first = pb.fit(pb.vae(screen, n_latent=2), screen, epochs=2, minibatch=75, progress=False)
+    again = pb.fit(first.model, screen, epochs=15, minibatch=75, progress=False)  # its parameters are frozen
+    assert again.losses["train"][-1] < again.losses["train"][0]
+    model = pb.vae(screen, n_latent=2)
+    model.decoder.requires_grad_(False)
+    fit = pb.fit(model, screen, epochs=15, minibatch=75, progress=False)
+    for one, other in zip(fit.model.decoder.parameters(), model.decoder.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 class ByValue(CountHead):

@@ -11,7 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from perturbprob.inference.recording import NotRecordable, Recording
+from perturbprob.inference.recording import Recording
 from perturbprob.measurement.density import log_density
 from perturbprob.model.cells import Cells
 from perturbprob.model.penetrance import fold
@@ -39,8 +39,9 @@ class Elbo(nn.Module):
         self._names: list[str] = []
 
     def record(self) -> None:
-        """Replay from now on what all cells share instead of running it, if it can be: the same numbers, in a third of the time."""
-        with pyro.validation_enabled(False), suppress(NotRecordable):  # validation decides by values
+        """Replay from now on what all cells share instead of running it, where that can be done: the same numbers, sooner."""
+        # validation decides by values; and whatever the recording cannot do, the model, which ran before, still can
+        with pyro.validation_enabled(False), suppress(Exception):
             self._recording = Recording(self._flat, tuple(self.parameters()))
 
     def forward(self, cells: Cells) -> Float[Tensor, ""]:
@@ -104,11 +105,11 @@ class _Terms(Messenger):  # type: ignore[misc]
         super().__init__()
         self.given, self.values = given or {}, dict[str, Tensor]()
         self.laws: dict[str, dist.Distribution] = {}
-        self.own: list[Tensor] = []
+        self.own, self.scaled = list[Tensor](), list[Tensor]()
 
     def shared(self) -> Float[Tensor, ""]:
         """Return the log density of what all cells share."""
-        return log_density(list(self.laws.values()), [self.values[name] for name in self.laws])
+        return log_density(list(self.laws.values()), [self.values[name] for name in self.laws]) + sum(self.scaled)
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         """Give the site its value."""
@@ -124,5 +125,7 @@ class _Terms(Messenger):  # type: ignore[misc]
             return
         if any(frame.name == "cell" for frame in msg["cond_indep_stack"]):
             self.own.append(scale_and_mask(law.log_prob(value), msg["scale"], msg["mask"]))
-        else:
+        elif msg["mask"] is None and isinstance(msg["scale"], float) and msg["scale"] == 1.0:
             self.laws[msg["name"]] = law
+        else:
+            self.scaled.append(scale_and_mask(law.log_prob(value), msg["scale"], msg["mask"]).sum())

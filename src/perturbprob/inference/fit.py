@@ -248,12 +248,12 @@ class _Training:
         asks = self.processes.agreed(each_epoch is not None)
         self.elbo(self.table.unfolded(self.training[:2], len(self.training)))
         self.processes.same(self.elbo)
-        if self.settings["objective"] == "elbo" and self.settings["epochs"] * self.settings["steps_per_epoch"] >= WORTH_RECORDING:
-            self.elbo.record()
         optimiser = torch.optim.Adam(self._groups(), lr=self.settings["learning_rate"], fused=True)
         fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, self.settings["epochs"])
         self.processes.part_ways(self.seed)
         ended = checkpoint.resume(self, optimiser, fall)
+        if self.settings["objective"] == "elbo" and self.settings["epochs"] * self.settings["steps_per_epoch"] >= WORTH_RECORDING:
+            self.elbo.record()
         left = range(0 if ended else self.settings["epochs"])[len(self.losses["train"]) :]
         epochs = bar(left, "fit", "epoch", progress=progress and self.processes.leads)
         with pyro.validation_enabled(False), warnings.catch_warnings():

@@ -1,8 +1,8 @@
 """A function of parameters, recorded as the operations that it and its gradient take, and replayed without the Python around them."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, cast, final
+from operator import getitem
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ class Recording:
     """What a function does with parameters, as it did it once; the same numbers, and the same gradients, at whatever values they have now.
 
     Everything else that the function reads stays as it was: other tensors, settings, and which way it went. Random numbers are drawn
-    anew. All parameters must want a gradient when it is recorded; later each may or may not. Raises `NotRecordable` for a function that
-    decides by the values of tensors, or writes over any, or of which a replay does not give the same.
+    anew. Parameters that want no gradient now stay as they are; of the others each may or may not want one later. Raises `NotRecordable`
+    for a function that decides by the values of tensors, writes over what was there before, or of which a replay does not give the same. What goes
+    behind torch's back, such as a decision by ``x.tolist()``, is only seen if it goes another way after a small move of the parameters.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> recording = Recording(lambda: [x.square().sum()], [x])
@@ -41,11 +42,12 @@ class Recording:
 
     def __init__(self, function: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor]) -> None:
         """Run the function twice, without a trace in the random numbers: to record it, and to see that a replay gives the same."""
-        self._parameters = tuple(parameters)
+        self._parameters = tuple(parameter for parameter in parameters if parameter.requires_grad)
         with torch.random.fork_rng():
             forth = _Tape(self._parameters)
             with forth:
-                every, distinct = _apart(function())
+                every = function()
+            distinct = _distinct(every)
             self._places = [next(k for k, value in enumerate(distinct) if value is found) for found in every]
             self.moving = [value.requires_grad for value in distinct]
             slopes = [torch.ones_like(value) for value in distinct if value.requires_grad]
@@ -66,14 +68,22 @@ class Recording:
         return self
 
     def _check(self, function: Callable[[], Sequence[Tensor]]) -> None:
-        """See that a replay gives what the function does, at other random numbers."""
-        found = []
-        for run in (function, self):
-            torch.manual_seed(1)
-            every, distinct = _apart(run())
-            found.append([*every, *_gradients(distinct, self._parameters)])
-        for one, other in zip(*found, strict=True):
-            if one is not other and (one is None or other is None or not torch.allclose(one, other, rtol=1e-3, equal_nan=True)):
+        """See that replays give what the function does, before and after it, at other random numbers and other parameters."""
+        before, found = [parameter.detach().clone() for parameter in self._parameters], []
+        try:
+            with torch.no_grad():
+                for parameter in self._parameters:
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            for run in (self, function, self):
+                torch.manual_seed(1)
+                values = run()
+                found.append([*values, *_gradients(_distinct(values), self._parameters)])
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, before, strict=True):
+                    parameter.copy_(value)
+        for parts in zip(*found, strict=True):
+            if not all(_alike(parts[1], part) for part in parts):
                 raise NotRecordable("A replay does not give what the function does.")
 
 
@@ -84,10 +94,12 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, recording: Recording, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Go forth."""
         done, n = recording.forth(*parameters), len(recording.moving)
+        # what does not move may be a constant of the recording, which nobody is to write over
+        results = [value if moves else value.clone() for value, moves in zip(done[:n], recording.moving, strict=True)]
         ctx.recording = recording
         ctx.save_for_backward(*done[n:])
-        ctx.mark_non_differentiable(*(value for value, moves in zip(done[:n], recording.moving, strict=True) if not moves))
-        return tuple(done[:n])
+        ctx.mark_non_differentiable(*(value for value, moves in zip(results, recording.moving, strict=True) if not moves))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
@@ -110,7 +122,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]
         self.before, self.kept, self._graph, self._constants = before, list[Tensor](), Graph(), torch.nn.Module()
         self._nodes: dict[int, tuple[Node, Tensor]] = {}  # with the tensor, as an id is free again when this is gone
         self._named: dict[int, Node] = {}
-        self._acts, self._first = set[Node](), cast("Node | None", None)
+        self._acts: set[Node] = set()
         for tensor in given:
             self._give(tensor)
 
@@ -121,35 +133,36 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]
     def replay(self, results: Sequence[Tensor | None]) -> GraphModule:
         """Return what gives these results."""
         self._graph.output(map_aggregate(list(results), self._told))
-        self._graph.eliminate_dead_code(lambda node: node in self._acts or node.op in ("placeholder", "output"))
+        for node in reversed(self._graph.nodes):
+            if not node.users and node not in self._acts and node.op not in ("placeholder", "output"):
+                self._graph.erase_node(node)
         return GraphModule(self._constants, self._graph)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do an operation, and write it down unless it is constant."""
-        kwargs, known = kwargs or {}, list[bool]()
+        kwargs = kwargs or {}
         result, name = operation(*args, **kwargs), operation.overloadpacket.__name__
-        map_aggregate((args, kwargs), lambda part: known.append(isinstance(part, Tensor) and self.knows(part)))
-        random = torch.Tag.nondeterministic_seeded in operation.tags
-        if not any(known) and not random:
+        random, writes = torch.Tag.nondeterministic_seeded in operation.tags, operation._schema.is_mutable
+        known = [part for part in _tensors((args, kwargs)) if self.knows(part)]
+        if not known and not random:
             return result
         several = isinstance(result, tuple | list)
-        values, writes = result if several else [result], operation._schema.is_mutable
-        if not all(isinstance(value, Tensor) for value in values) or (writes and not self._made(args[0])):
-            raise NotRecordable(f"The function decides by the values of tensors, or writes over what it did not make ({name}).")
+        values = result if several else [result]
+        if not all(isinstance(value, Tensor) for value in values) or _shape_by_value(operation, known):
+            raise NotRecordable(f"The function decides by the values of tensors ({name}).")
+        if writes and not all(map(self._made, _tensors(_written(operation, args, kwargs)))):
+            raise NotRecordable(f"The function writes over what was there before ({name}).")
         if name in SAME or (name in SHAPES and result.shape == args[0].shape):
             self._nodes[id(result)] = self._told(args[0]), result
             return result
-        # torch's own functions are called in half the time of the operations behind them
-        fast = getattr(torch._C._VariableFunctions, name, None) or getattr(torch._C.TensorBase, name, operation)
-        node = self._graph.call_function(fast, *map_aggregate((args, kwargs), self._told))
-        self._first = self._first or node
+        node = self._graph.call_function(_fast(operation), *map_aggregate((args, kwargs), self._told))
         self._acts |= {node} if random or writes else set()
         for k, value in enumerate(values):
-            one = self._graph.call_function(_item, (node, k)) if several else node
+            one = self._graph.call_function(getitem, (node, k)) if several else node
             self._nodes[id(value)] = one, value
         return result
 
-    def _made(self, tensor: Any) -> bool:
+    def _made(self, tensor: Tensor) -> bool:
         """Say whether a tensor came of an operation that was written down here."""
         return id(tensor) in self._nodes and self._nodes[id(tensor)][0].op == "call_function"
 
@@ -168,21 +181,50 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]
         return self._named[id(part)]
 
     def _give(self, tensor: Tensor) -> Node:
-        """Know a tensor as one that is given; nodes of these come first."""
-        with self._graph.inserting_before(self._first) if self._first else nullcontext():
-            node = self._graph.placeholder(f"given_{len(self._nodes)}")
+        """Know a tensor as one that is given."""
+        node = self._graph.placeholder(f"given_{len(self._nodes)}")
         self._nodes[id(tensor)] = node, tensor
         return node
 
 
-def _item(values: Sequence[Tensor], k: int) -> Tensor:
-    """Return one of several results."""
-    return values[k]
+def _tensors(arguments: Any) -> list[Tensor]:
+    """Return all tensors among arguments."""
+    found = list[Tensor]()
+    map_aggregate(arguments, lambda part: found.append(part) if isinstance(part, Tensor) else None)
+    return found
 
 
-def _apart(values: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """Return values, and each of them once."""
-    return values, list({id(value): value for value in values}.values())
+def _written(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operation writes over."""
+    names = [argument.name for argument in operation._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    given = dict(zip((argument.name for argument in operation._schema.arguments), args, strict=False)) | kwargs
+    return [given[name] for name in names if name in given]
+
+
+def _shape_by_value(operation: Any, known: Sequence[Tensor]) -> bool:
+    """Say whether the shape of a result depends on values; to take rows by number is said to, and does not."""
+    depends = torch.Tag.dynamic_output_shape in operation.tags
+    return depends and (operation.overloadpacket.__name__ != "index" or any(part.dtype == torch.bool for part in known))
+
+
+def _fast(operation: Any) -> Any:
+    """Return torch's own function, which is called in half the time of the operation behind it."""
+    name = operation.overloadpacket.__name__
+    if operation.namespace != "aten":
+        return operation
+    return getattr(torch._C._VariableFunctions, name, None) or getattr(torch._C.TensorBase, name, operation)
+
+
+def _distinct(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return each of the values once."""
+    return list({id(value): value for value in values}.values())
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Say whether two gradients or values are the same, but for the order of sums."""
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def _gradients(values: Sequence[Tensor], parameters: Sequence[Tensor], slopes: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:

@@ -203,7 +203,11 @@ def sample_dispersion(zero: Float[Tensor, " gene"]) -> Float[Tensor, " gene"]:
 
 
 class CountHead(nn.Module, ABC):
-    """A measurement head: draws its global sites above the cell plate, and returns the law of the counts given a log rate."""
+    """A measurement head: draws its global sites above the cell plate, and returns the law of the counts given a log rate.
+
+    A training runs `globals` a few times at its start and then replays what it did (`Elbo.record`), if it decides nothing by the values of
+    tensors: what changes in Python later has no say.
+    """
 
     sites: ClassVar[tuple[str, ...]] = ("dispersion", "gate")
     zero: Tensor

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class OnLine(NamedTuple):
-    """x, and the normal law of x itself, of log x or of logit x; the shapes of ``loc`` and ``scale`` broadcast to that of ``x``."""
+    """x, and the normal law of x itself, of log x or of logit x; the shapes broadcast."""
 
     line: Literal["itself", "log", "logit"]
-    x: Float[Tensor, "*x"]
+    x: Float[Tensor, "*#x"]
     loc: Float[Tensor, "*#x"]
     scale: Float[Tensor, "*#x"]
 
@@ -23,7 +23,7 @@ def log_density(laws: Sequence[dist.Distribution], values: Sequence[Tensor]) -> 
     """Return the log density of all values together, each by its law.
 
     What is normal on some line, which a law says of itself by ``on_line(value)``, is dealt with as one long vector y,
-    −Σ ((y − loc) / scale)² / 2 − log(scale √(2π)) + log |dy/dx|: the time of many small sites is that of their number.
+    −Σ ((y − loc) / scale)² / 2 − log(scale √(2π)) + log |dy/dx|: of small sites the time is that of the calls, not of the numbers.
 
     >>> x = torch.tensor([0.5, 2.0])
     >>> laws = [dist.Normal(1.0, torch.tensor(2.0)).expand([2]).to_event(1), dist.Exponential(torch.ones(2)).to_event(1)]
@@ -47,9 +47,10 @@ def log_density(laws: Sequence[dist.Distribution], values: Sequence[Tensor]) -> 
 
 def _normal(sites: Sequence[OnLine]) -> Float[Tensor, ""]:
     """Return the log density of sites that are normal on some line, those of one line one behind the other."""
+    parts = [[part.flatten() for part in torch.broadcast_tensors(*site[1:])] for site in sites]
     lines, total = list[Tensor](), sites[0].x.new_zeros(())
     for line in dict.fromkeys(site.line for site in sites):
-        x = torch.cat([site.x.flatten() for site in sites if site.line == line])
+        x = torch.cat([own for site, (own, _, _) in zip(sites, parts, strict=True) if site.line == line])
         if line == "log":
             x = x.log()
             total = total - x.sum()
@@ -57,11 +58,6 @@ def _normal(sites: Sequence[OnLine]) -> Float[Tensor, ""]:
             to_one, to_zero = x.log(), torch.log1p(-x)
             x, total = to_one - to_zero, total - to_one.sum() - to_zero.sum()
         lines.append(x)
-    loc, scale = (torch.cat([_like(getattr(site, part), site.x) for site in sites]) for part in ("loc", "scale"))
+    loc, scale = (torch.cat([part[k] for part in parts]) for k in (1, 2))
     away = (torch.cat(lines) - loc) / scale
     return total - 0.5 * away.dot(away) - (scale.log().sum() + 0.5 * math.log(2 * math.pi) * len(away))
-
-
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    """Return a value for each number of x, flat."""
-    return value.expand(x.shape).flatten()

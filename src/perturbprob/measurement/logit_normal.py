@@ -43,16 +43,21 @@ class LogitNormal(TorchDistribution):
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Float[Tensor, "*draw_site"]:
         """Draw."""
         noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device)
-        drawn = torch.sigmoid(torch.addcmul(self.loc, self.scale, noise))
-        limits = torch.finfo(drawn.dtype)
-        return drawn.clamp(limits.tiny, 1 - limits.eps)
+        return _inside(torch.sigmoid(torch.addcmul(self.loc, self.scale, noise)))
 
     def log_prob(self, value: Float[Tensor, "*draw_site"]) -> Float[Tensor, "*draw_site"]:
         """Return the log density of each x."""
+        value = _inside(value)
         to_one, to_zero = value.log(), torch.log1p(-value)
         away = (to_one - to_zero - self.loc) / self.scale
         return -0.5 * away.square() - to_one - to_zero - self.scale.log() - 0.5 * math.log(2 * math.pi)
 
     def on_line(self, value: Float[Tensor, "*site"]) -> OnLine:
         """Return the normal law of logit x."""
-        return OnLine("logit", value, self.loc, self.scale)
+        return OnLine("logit", _inside(value), self.loc, self.scale)
+
+
+def _inside(x: Tensor) -> Tensor:
+    """Return x between the least number above 0 and the largest below 1."""
+    limits = torch.finfo(x.dtype)
+    return x.clamp(limits.tiny, 1 - limits.eps)

@@ -388,4 +388,9 @@ def _middle(site: dict) -> Tensor:
         return law.mean.detach()
     if isinstance(law, LogNormal | LogitNormal):
         return law.median.detach()
+    if isinstance(law, torch.distributions.TransformedDistribution):
+        value = law.base_dist.mean
+        for transform in law.transforms:
+            value = transform(value)
+        return value.detach()
     return 0.1 * site["value"].detach() / site["value"].detach().abs().max().clamp(min=1e-6)
