@@ -27,8 +27,8 @@ class Recording:
 
     Everything else that the function reads stays as it was: other tensors, settings, and which way it went. Random numbers are drawn
     anew. Parameters that want no gradient now stay as they are; of the others each may or may not want one later. Raises `NotRecordable`
-    for a function that decides by the values of tensors, writes over what was there before, or of which a replay does not give the same. What goes
-    behind torch's back, such as a decision by ``x.tolist()``, is only seen if it goes another way after a small move of the parameters.
+    for a function that decides by the values of tensors, writes over what was there before, or of which a replay does not give the same.
+    What goes behind torch's back, such as a decision by ``x.tolist()``, is only seen if a small move of the parameters changes it.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> recording = Recording(lambda: [x.square().sum()], [x])
