@@ -15,6 +15,7 @@ import itertools
 import json
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ import xarray as xr
 
 import perturbprob as pb
 from perturbprob.experiment.simulate import Simulation
+from perturbprob.measurement import fused
 
 LEVEL = 0.9
 
@@ -33,7 +35,14 @@ def coverage(draws: xr.DataArray, truth: xr.DataArray) -> float:
 
 
 def recover(
-    simulation: Simulation, *, epochs: int = 60, n_latent: int = 5, n_draws: int = 200, own_depth: bool = False, seed: int = 0
+    simulation: Simulation,
+    *,
+    epochs: int = 60,
+    n_latent: int = 5,
+    n_draws: int = 200,
+    own_depth: bool = False,
+    seed: int = 0,
+    **training: Any,
 ) -> dict[str, float]:
     """Fit one simulated screen and return the coverage of each kind of truth, and the share of right calls of hits."""
     truth = simulation.truth
@@ -41,7 +50,7 @@ def recover(
     screen = pb.Screen.from_anndata(
         simulation.adata, media="media", baseline=str(truth["media"].values[0]), time="time", batch="batch", size_factor=size_factor
     )
-    fit = pb.fit(pb.node(screen, n_latent), screen, epochs=epochs, seed=seed, progress=False)
+    fit = pb.fit(pb.node(screen, n_latent), screen, epochs=epochs, seed=seed, progress=False, **training)
     draws = pb.posterior(fit, n_draws).posterior
     found = pb.effects(fit, n_draws=n_draws, level=LEVEL)
     change = truth["log_fold_change"].sel(condition=found["condition"].values)
@@ -68,9 +77,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[3])
     parser.add_argument("--unequal", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--own-depth", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="leave the compiled count model out")
     parser.add_argument("--json", action="store_true")
     options, rows, start = parser.parse_args(), [], time.perf_counter()
     warnings.simplefilter("ignore")
+    if options.torch:
+        fused.kernel = lambda: None
     for seed, (n_batches, screen) in enumerate(itertools.product(options.batches, range(options.screens))):
         label = {"seed": seed, "batches": n_batches, "unequal": options.unequal[screen % len(options.unequal)]}
         how = {"n_cells": options.cells, "n_genes": options.genes, "n_batches": n_batches, "unequal": label["unequal"], "seed": seed}
@@ -79,7 +91,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     by_batches = table.groupby("batches")["batch_effect"].agg(["mean", "min", "max"]).round(3)
-    setting = {name: getattr(options, name) for name in ("cells", "genes", "epochs", "own_depth")}
+    setting = {name: getattr(options, name) for name in ("cells", "genes", "epochs", "own_depth", "torch")}
     answer = {
         "mean": table.drop(columns=["seed", "batches", "unequal"]).mean().round(3).to_dict(),
         "batch_effect_by_number_of_batches": by_batches.to_dict("index"),
