@@ -7,7 +7,7 @@
 
 What is scored is identified: batch effects centred over genes by rate, log fold changes per condition and gene, and dispersion. The size
 factor is the simulated one, as from all genes of a cell; ``--own-depth`` takes it from the measured genes instead, which
-takes part of the abundant genes' variance away and with it the dispersion's coverage.
+takes part of the abundant genes' variance away and with it the dispersion's coverage. ``--torch`` leaves the compiled count model out.
 """
 
 import argparse
