@@ -24,7 +24,7 @@ def fit(simulation: Simulation) -> pb.Fit:
     """A fit of three of them."""
     train = simulation.screen[simulation.screen.batch < 3]
     model = pb.node(train, 3, assumptions=[pb.UneditedStable()])
-    return pb.fit(model, train, epochs=30, warmup=5, progress=False)
+    return pb.fit(model, train, epochs=30, warmup=5, minibatch=64, learning_rate=6e-3, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def recovery(root: Path) -> ModuleType:
 def test_truth_lies_in_its_intervals(recovery: ModuleType, unequal: float, seed: int) -> None:
     """One small screen: 1,000 cells, 20 genes, 4 knock-outs, 3 batches. The 90 % band over ten larger ones is the benchmark's."""
     simulation = pb.simulate(n_cells=1000, n_genes=20, n_perturbations=4, n_batches=3, unequal=unequal, seed=seed)
-    found = recovery.recover(simulation, epochs=50, n_latent=4, n_draws=100, seed=seed)
+    found = recovery.recover(simulation, epochs=50, n_latent=4, n_draws=100, seed=seed, minibatch=64, learning_rate=6e-3)
     assert 0.8 <= found["batch_effect"] <= 0.98
     assert 0.8 <= found["log_fold_change"] <= 0.98
     assert found["dispersion"] >= 0.5  # few cells, and three programmes behind a point decoder: the benchmark says how it grows
@@ -37,7 +37,7 @@ def test_genes_with_hardly_a_count_have_the_dispersion_of_the_others() -> None:
     """With a prior for each gene alone, and moments of relative counts to start from, half were off by a factor of 1.9, one by 13."""
     simulation = pb.simulate(n_cells=2000, n_genes=30, n_perturbations=2, n_batches=2, times=(1.0,), dispersion=2.0, depth=60, seed=3)
     screen, truth = simulation.screen, simulation.truth["dispersion"].values
-    fit = pb.fit(pb.node(screen, 4), screen, epochs=40, progress=False)
+    fit = pb.fit(pb.node(screen, 4), screen, epochs=40, minibatch=80, learning_rate=6e-3, progress=False)
     ratio = np.abs(np.log(pb.posterior(fit, 50).posterior["dispersion"].mean(("chain", "draw")).values / truth))
     rare = np.asarray(screen.counts.mean(0)).ravel() < 0.5
     assert np.median(ratio[rare]) < 0.5
@@ -65,7 +65,7 @@ def test_no_fake_perturbation_is_a_hit() -> None:
         baseline=controls.baseline,
         time_unit=controls.time_unit,
     )
-    found = pb.effects(pb.fit(pb.node(screen, 5), screen, epochs=30, progress=False), n_draws=50)
+    found = pb.effects(pb.fit(pb.node(screen, 5), screen, epochs=30, minibatch=128, learning_rate=6e-3, progress=False), n_draws=50)
     assert int(found["hit"].sum()) <= 0.05 * 10
     assert float((found["local_false_sign_rate"] < 0.05).mean()) < 0.05
     assert float(((found["lower"] > 0) | (found["upper"] < 0)).mean()) < 0.1

@@ -249,6 +249,7 @@ def test_a_head_samples_its_parameters_per_gene_and_hands_them_to_its_law(head, 
 
 def test_the_prior_of_the_gate_is_centred_on_one_percent():
     law = pyro.poutine.trace(ZeroInflatedNegativeBinomial(4).globals).get_trace().nodes["gate"]["fn"].base_dist
+    np.testing.assert_allclose(law.median, np.full(4, 0.01), rtol=1e-4)
     np.testing.assert_allclose(law.icdf(torch.tensor(0.5)), np.full(4, 0.01), rtol=1e-4)
     np.testing.assert_allclose(law.icdf(torch.tensor(stats.norm.cdf(1))), np.full(4, expit(np.log(0.01 / 0.99) + 1)), rtol=1e-4)
 

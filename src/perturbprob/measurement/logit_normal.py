@@ -52,6 +52,14 @@ class LogitNormal(TorchDistribution):
         away = (to_one - to_zero - self.loc) / self.scale
         return -0.5 * away.square() - to_one - to_zero - self.scale.log() - 0.5 * math.log(2 * math.pi)
 
+    def cdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the probability of no more than x."""
+        return torch.special.ndtr((torch.logit(value) - self.loc) / self.scale)
+
+    def icdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the x that is not passed with a probability."""
+        return torch.sigmoid(self.loc + self.scale * torch.special.ndtri(value))
+
     def on_line(self, value: Float[Tensor, "*site"]) -> OnLine:
         """Return the normal law of logit x."""
         return OnLine("logit", _inside(value), self.loc, self.scale)
