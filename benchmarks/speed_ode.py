@@ -2,7 +2,8 @@
 
 ``ode``: value and gradient of a wait of the latent state, 512 cells × 16, beside dopri5 of torchdiffeq at its tolerances of 1e-5 and 1e-6.
 Our number of steps is the smallest power of two whose error, against float64 at 1e-10, is not larger. ``plain`` is the same field as a
-user's own, which tells nothing of what is constant; ``default`` is the number of steps that a fit starts with.
+user's own, which tells nothing of what is constant; ``default`` is the number of steps that a fit starts with; ``torchode`` is dopri5 of
+torchode (extra ``bench``), which gives each cell steps of its own, at the same tolerances.
 
 ``node_epoch``: the second epoch of `fit` of a neural ODE on the cells of Ishikawa 2023, beside the same model with dopri5 and Pyro's
 zero-inflated negative binomial.
@@ -27,6 +28,11 @@ from perturbprob.dynamics.transition import Effects
 from perturbprob.experiment.vocabulary import Segment
 from perturbprob.measurement import Rate
 from perturbprob.measurement.counts import ZeroInflatedNegativeBinomial
+
+try:
+    import torchode
+except ImportError:
+    torchode = None
 
 N_CELLS, N_LATENT = 512, 16
 WAIT = 2.0
@@ -74,13 +80,18 @@ def ode(repeats: int) -> dict[str, Any]:
     own.decay_unconstrained = move.decay_unconstrained
     exact = in_double(values)
 
-    def theirs() -> Tensor:
+    def pushed() -> Callable[[Tensor, Tensor], Tensor]:
         perturbation, media, decay = segment.perturbation @ effects.perturbation, segment.media @ effects.media, move.decay
+        return lambda t, z: move.field(z, perturbation, media, t) - decay * (z - z0)
 
-        def slope(t: Tensor, z: Tensor) -> Tensor:
-            return move.field(z, perturbation, media, t) - decay * (z - z0)
+    def theirs() -> Tensor:
+        return odeint(pushed(), z0, torch.tensor([0.0, WAIT]), method="dopri5", rtol=1e-5, atol=1e-6)[-1]
 
-        return odeint(slope, z0, torch.tensor([0.0, WAIT]), method="dopri5", rtol=1e-5, atol=1e-6)[-1]
+    def torchodes() -> Tensor:
+        term = torchode.ODETerm(pushed(), with_stats=False)
+        adjoint = torchode.AutoDiffAdjoint(torchode.Dopri5(term), torchode.IntegralController(atol=1e-6, rtol=1e-5, term=term))
+        wait = torch.tensor([0.0, WAIT]).expand(N_CELLS, 2)
+        return adjoint.solve(torchode.InitialValueProblem(y0=z0, t_eval=wait)).ys[:, -1]
 
     def ours(transition: NeuralODE, n_steps: int) -> Callable[[], Tensor]:
         def end() -> Tensor:
@@ -101,6 +112,8 @@ def ode(repeats: int) -> dict[str, Any]:
     bound = error_of(theirs, exact)
     n_steps = next(n for n in (1, 2, 4, 8, 16, 32, 64) if error_of(ours(move, n), exact) <= bound)
     ends = {"perturbprob": ours(move, n_steps), "peer": theirs, "plain": ours(own, n_steps), "default": ours(move, 2)}
+    if torchode is not None:
+        ends["torchode"] = torchodes
     times = interleaved({name: back(end) for name, end in ends.items()}, repeats)
     return row(times, n_steps=n_steps, error={name: error_of(end, exact) for name, end in ends.items()})
 
