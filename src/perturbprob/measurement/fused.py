@@ -130,7 +130,8 @@ class _Pass(torch.autograd.Function):
         """Return the gradients of the weighted sum."""
         gradients, ctx.gradients = ctx.gradients, None  # given away: a second call computes them again
         first = float(weight[0])
-        if gradients is None or not bool((weight == first).all()):
+        alike = weight.stride(0) == 0 or bool((weight == first).all())  # of a sum over cells each has the same, kept once
+        if gradients is None or not alike:
             gradients = taken(ctx.given, weight.contiguous(), ctx.needs_input_grad[:5])[1]
         elif first != 1.0:
             gradients = [None if part is None else part.mul_(first) for part in gradients]
@@ -149,17 +150,17 @@ def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...
     log_prob, by_depth = np.empty(n_cells, np.float32), np.empty(n_cells, np.float32)
     by_logits = np.empty((n_cells if any(wanted) else 0, n_genes), np.float32)
     by_eta = np.zeros((n_threads, len(given.eta) if wanted[2] and given.eta is not None else 0, n_genes), np.float32)
-    by_gene = np.zeros((2, n_threads, *law.inverse.shape))
+    by_gene = np.zeros((n_threads, 2, *law.inverse.shape))
 
     def part(k: int) -> None:
-        sums = compiled.Sums(_array(weight), log_prob, by_logits, by_depth, by_eta[k], by_gene[0, k], by_gene[1, k])
+        sums = compiled.Sums(_array(weight), log_prob, by_logits, by_depth, by_eta[k], *by_gene[k])
         compiled.fused(cut[k], cut[k + 1], rates, law, counts, sums)
 
     in_threads(part, n_threads)
     if np.isnan(log_prob).any():
         refuse_what_is_no_count(given.counts)
-    of_genes = by_gene.sum(1).reshape(2, -1)[:, :n_genes].astype(np.float32)
-    gradients = (by_logits, by_depth, by_eta[0] if len(by_eta) == 1 else by_eta.sum(0), *of_genes)
+    of_genes, of_rows = (part[0] if n_threads == 1 else part.sum(0) for part in (by_gene, by_eta))
+    gradients = (by_logits, by_depth, of_rows, *of_genes.reshape(2, -1)[:, :n_genes].astype(np.float32))
     return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
 
 
@@ -213,7 +214,7 @@ def _law(compiled: ModuleType, given: _Given, largest: int) -> Any:
 
     value, slope = np.empty((largest + 1, *shape), np.float32), np.empty((largest + 1, *shape), np.float32)
     tables(inverse, value, slope)
-    return compiled.Law(theta, inverse, gate, np.log1p(-gate), value, slope)
+    return compiled.Law(theta, inverse, gate, np.log1p(-gate), -1 / (1 - gate), value, slope)
 
 
 def _chunks(compiled: ModuleType, n_genes: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from perturbprob.measurement.elementary import HALF, ONE, ZERO, F, expm1, log, r
 
 CHUNK = 512
 """So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
-LANES = 32
+LANES = 8
 """Arrays over genes are filled up to a multiple of it, so that no gene is left over to be dealt with by itself."""
 FULL = 0.2
 """From this share of genes with a count on all genes of a cell are dealt with as if they had one."""
@@ -23,6 +23,7 @@ BLOCK = 64
 LARGEST = 2.0**31
 """Counts are whole numbers below it."""
 _LARGE, _NAN = F(1e38), F(math.nan)
+_LEAST, _POSITIVE, _SIGN = np.int32(-(2**31)), np.int32(2**31 - 1), np.int32(31)
 
 
 class Rates(NamedTuple):
@@ -46,6 +47,7 @@ class Law(NamedTuple):
     inverse: np.ndarray  # (chunk, lane), 1/θ, 0 without θ
     gate: np.ndarray  # (chunk, lane)
     log_open: np.ndarray  # (chunk, lane), log(1 − π)
+    by_open: np.ndarray  # (chunk, lane), its derivative −1/(1 − π)
     value: np.ndarray  # (count, chunk, lane)
     slope: np.ndarray  # (count, chunk, lane)
 
@@ -82,18 +84,20 @@ RATE, LOG1P, CLOSED, OPEN, SLOPE, TABLE, TABLE_SLOPE, VALUE, BY_RATE, BY_THETA, 
 
 @compiled
 @no_type_check
-def _largest(row: np.ndarray, lane: np.ndarray) -> float:
-    """Return the largest of a row, whose length is a multiple of `LANES`; ``lane`` is room for as many."""
-    for k in range(LANES):
-        lane[k] = row[k]
-    for block in range(0, len(row), LANES):
-        for k in range(LANES):
-            value = row[block + k]
-            lane[k] = value if value > lane[k] else lane[k]
-    largest = lane[0]
-    for k in range(LANES):
-        largest = lane[k] if lane[k] > largest else largest
-    return largest
+def _ordered(bits: int) -> int:
+    """Return whole numbers that are in the order of the numbers that these are the bits of; twice, the bits themselves."""
+    return np.int32(bits ^ (np.int32(bits >> _SIGN) & _POSITIVE))
+
+
+@compiled
+@no_type_check
+def _largest(row: np.ndarray) -> float:
+    """Return the largest of a row, or NaN: as whole numbers, of which the processor compares many at a time."""
+    largest = _LEAST
+    for k in range(len(row)):
+        value = _ordered(np.float32(row[k]).view(np.int32))
+        largest = value if value > largest else largest
+    return np.int32(_ordered(largest)).view(np.float32)
 
 
 @no_type_check
@@ -110,30 +114,24 @@ _sum = compiled(_total, FAST | {"reassoc"})
 
 @compiled
 @no_type_check
-def _summary(count: np.ndarray, present: np.ndarray, most: np.ndarray) -> tuple[float, float]:
-    """Return how many genes have a count, and the largest; ``present`` and ``most`` are room for `LANES`."""
-    for k in range(LANES):
-        present[k], most[k] = ZERO, ZERO
-    for block in range(0, len(count), LANES):
-        for k in range(LANES):
-            x = count[block + k]
-            present[k] += ZERO if x == ZERO else ONE
-            most[k] = most[k] if x <= most[k] else x
-    largest = most[0]
-    for k in range(LANES):
-        largest = most[k] if most[k] > largest else largest
-    return _sum(present), largest
+def _present(count: np.ndarray) -> int:
+    """Return how many genes have a count, or what is none."""
+    present = np.int32(0)
+    for g in range(len(count)):
+        present += np.int32(count[g] != ZERO)
+    return present
 
 
 @compiled
 @no_type_check
-def _shares(logits: np.ndarray, softmax: bool, lane: np.ndarray, share: np.ndarray) -> tuple[float, float]:
+def _shares(logits: np.ndarray, softmax: bool, share: np.ndarray) -> tuple[float, float]:
     """Fill in the shares of genes, not yet divided by their sum; return what was taken from the logits, and the sum."""
     n, largest = len(logits), ZERO
-    share[:n] = logits
+    for g in range(n):
+        share[g] = logits[g]
     share[n:] = logits[n - 1]
     if softmax:
-        largest = _largest(share, lane)
+        largest = _largest(share)
     for g in range(len(share)):
         share[g] = expm1(share[g] - largest)[0]
     share[n:] = ZERO
@@ -207,14 +205,28 @@ def _gated(chunk: int, width: int, gate: np.ndarray, work: np.ndarray) -> None:
 
 @part
 @no_type_check
-def _read(chunk: int, width: int, count: np.ndarray, law: Law, work: np.ndarray) -> None:
-    """Read the tables at the counts of a chunk."""
-    largest = F(len(law.value) - 1)
+def _read(
+    chunk: int,
+    shape: tuple[int, int],
+    count: np.ndarray,
+    largest: float,
+    value: np.ndarray,
+    slope: np.ndarray,
+    place: np.ndarray,
+    work: np.ndarray,
+) -> None:
+    """Read the tables, as rows, at the counts of a chunk; ``place`` is room."""
+    n_chunks, width = shape
     for j in range(width):
         k = count[chunk, j]
         k = largest if k > largest else k
         k = k if k > ZERO else ZERO  # NaN becomes 0
-        work[TABLE + j], work[TABLE_SLOPE + j] = law.value[np.int64(k), chunk, j], law.slope[np.int64(k), chunk, j]
+        place[j] = (np.int32(k) * np.int32(n_chunks) + np.int32(chunk)) * np.int32(width) + np.int32(j)
+    for j in range(width):
+        at = np.int64(place[j])
+        if at < 0:  # never: a loop that may end early is not made to gather, which takes twice as long
+            break
+        work[TABLE + j], work[TABLE_SLOPE + j] = value[np.uint64(at)], slope[np.uint64(at)]
 
 
 @part
@@ -234,12 +246,12 @@ def _everywhere(chunk: int, width: int, count: np.ndarray, log_rate: np.ndarray,
 
 @part
 @no_type_check
-def _everywhere_open(chunk: int, width: int, count: np.ndarray, gate: np.ndarray, log_open: np.ndarray, work: np.ndarray) -> None:
+def _everywhere_open(chunk: int, width: int, count: np.ndarray, log_open: np.ndarray, by_open: np.ndarray, work: np.ndarray) -> None:
     """Add what the gate has to say where 0 < x: that it was open."""
     for j in range(width):
         zero = count[chunk, j] == ZERO
         work[VALUE + j] += ZERO if zero else log_open[chunk, j]
-        work[BY_GATE + j] = work[BY_GATE + j] if zero else -ONE / (ONE - gate[chunk, j])
+        work[BY_GATE + j] = work[BY_GATE + j] if zero else by_open[chunk, j]
 
 
 @compiled
@@ -297,7 +309,7 @@ def _counted(
         work[VALUE + j], work[BY_RATE + j], work[BY_THETA + j] = ZERO, np.float32(by_rate), np.float32(by_theta)
         if gated:
             total += law.log_open[chunk, j]
-            work[BY_GATE + j] = -ONE / (ONE - law.gate[chunk, j])
+            work[BY_GATE + j] = law.by_open[chunk, j]
     return total
 
 
@@ -339,13 +351,13 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
     here, log_rate = np.zeros(n_lanes, np.float32), np.zeros(n_lanes, np.float32)
     shares, by_rates, heres, log_rates = share.reshape(shape), by_rate.reshape(shape), here.reshape(shape), log_rate.reshape(shape)
     by_theta, by_gate = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    lane, other = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     found, seen = np.empty(n + 1, np.int32), np.empty(n + 1, np.float32)
+    place, value, slope = np.empty(width, np.int32), law.value.reshape(-1), law.slope.reshape(-1)
     gene, count = (found, seen) if dense else (counts.gene, counts.number)
     present = ZERO
     for cell in range(first, last):
         weight, depth = sums.weight[cell], np.float64(rates.log_depth[cell])
-        largest, total = _shares(rates.logits[cell], rates.softmax, lane, share)
+        largest, total = _shares(rates.logits[cell], rates.softmax, share)
         shift = depth - math.log(np.float64(total)) - np.float64(largest)
         scale = np.float32(math.exp(depth) / np.float64(total))
         row = rates.row[cell] if has_eta else -1
@@ -366,7 +378,7 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
                 for g in range(n):
                     log_rate[g] += rates.eta[row, g]
             if dense:
-                present, most = _summary(here, lane, other)
+                present, most = np.float32(_present(here)), _largest(here)
         if dense and not (everywhere and most <= above):
             for g in range(n):
                 found[end], seen[end] = g, counts.dense[cell, g]
@@ -389,10 +401,10 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
             while behind < end and gene[behind] < (chunk + 1) * width:
                 behind += 1
             if everywhere:
-                _read(chunk, width, heres, law, work)
+                _read(chunk, shape, heres, F(len(law.value) - 1), value, slope, place, work)
                 _everywhere(chunk, width, heres, log_rates, law.inverse, work)
                 if len(law.gate):
-                    _everywhere_open(chunk, width, heres, law.gate, law.log_open, work)
+                    _everywhere_open(chunk, width, heres, law.log_open, law.by_open, work)
             log_prob += _counted(chunk, entry, behind, gene, count, cell, row, shift, rates, law, work, above)
             entry = behind
             _add_up(width, work)
