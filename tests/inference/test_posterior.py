@@ -20,7 +20,7 @@ def test_posterior_has_named_dims_and_coordinates(fit: pb.Fit, screen: pb.Screen
     assert list(draws["perturbation"].values) == list(screen.perturbations)
     assert draws["condition_effect"].dims == ("chain", "draw", "node", "gene")
     assert set(draws["node_time"].values) == set(screen.times)
-    assert np.isfinite(draws.to_array().values[~np.isnan(draws.to_array().values)]).all()
+    assert not any(np.isinf(values).any() for values in draws.data_vars.values())
 
 
 def test_batch_effects_sum_to_zero_in_every_draw(fit: pb.Fit) -> None:
@@ -42,7 +42,6 @@ def test_arviz_reads_it_and_netcdf_keeps_it(fit: pb.Fit, tmp_path: Path) -> None
 def test_prior_is_wider_than_the_posterior(fit: pb.Fit, screen: pb.Screen) -> None:
     before = pb.prior(pb.node(screen, 3), screen, n_draws=50)
     after = pb.posterior(fit, n_draws=50)
-    assert "prior" in before.groups()
     assert (before.prior["gene_bias"].std("draw") > after.posterior["gene_bias"].std("draw")).all()
 
 

@@ -122,7 +122,7 @@ def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "
     import arviz
 
     dataset = _dataset(model, draws)
-    if hasattr(arviz, "InferenceData"):
+    if int(arviz.__version__.partition(".")[0]) < 1:
         return arviz.InferenceData(warn_on_custom_groups=False, **{group: dataset})
     return cast("InferenceData", xr.DataTree.from_dict({group: dataset}))
 
