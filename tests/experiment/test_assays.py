@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.screen import Screen
+
+apart = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
+"""What parts have stays with them, which mudata does by itself from 0.4."""
 
 CELLS = ["a", "b", "c", "d", "e", "f"]
 GENES = ["KLF1", "CD4", "CD8A"]
@@ -42,7 +47,7 @@ def surface() -> AnnData:
 
 def together(**modalities: AnnData) -> mudata.MuData:
     """A MuData."""
-    with mudata.set_options(pull_on_update=False), warnings.catch_warnings():
+    with apart(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a protein may be called like its gene
         return mudata.MuData(modalities)
 

@@ -1,6 +1,8 @@
 """The embedded screen, the script that builds it, and readers of files."""
 
 import importlib.util
+from contextlib import nullcontext
+from functools import partial
 from importlib import resources
 
 import anndata
@@ -11,6 +13,9 @@ import pytest
 import scipy.sparse as sp
 
 from perturbprob.experiment import Knockout, Protocol, Wait, datasets
+
+apart = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
+"""What parts have stays with them, which mudata does by itself from 0.4."""
 
 DATA = resources.files("perturbprob.experiment") / "data"
 
@@ -101,7 +106,7 @@ def check(screen):
 def write_mudata(path, adata):
     """Write RNA and protein, with a lane in the obs of the whole and one protein cell more."""
     protein = anndata.AnnData(np.ones((4, 1), dtype=np.float32), obs=pd.DataFrame(index=["c2", "c9", "c1", "c0"]))
-    with mudata.set_options(pull_on_update=False):
+    with apart():
         whole = mudata.MuData({"rna": adata, "protein": protein})
         whole.obs["lane"] = [f"lane_{cell}" for cell in whole.obs_names]
         (whole.write_zarr if path.suffix == ".zarr" else whole.write_h5mu)(path)

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import anndata
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from scipy.sparse import csc_array, csr_array
 
 import perturbprob as pb
-from perturbprob.experiment import store
+from perturbprob.experiment import spans, store
 from perturbprob.experiment.store import StoredCounts, StoreError, blocks
 
 HOW = {"media": "media", "time": "time", "batch": "batch"}
@@ -89,6 +90,22 @@ def test_sums_and_products_go_block_by_block(path, in_memory):
         np.testing.assert_array_equal(np.ravel(counts.sum(axis=axis)), np.ravel(in_memory.counts.sum(axis=axis)))
     np.testing.assert_allclose((member @ counts).toarray(), (member @ in_memory.counts).toarray())
     np.testing.assert_allclose(np.arange(300.0) @ counts, np.arange(300.0) @ in_memory.counts)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_annbatch_reads_zarr_stores_where_it_is_installed(adata, tmp_path, in_memory, dense):
+    """The same rows, in any order, and from several threads at once."""
+    pytest.importorskip("annbatch")
+    other = adata.copy()
+    other.X = other.X.toarray() if dense else other.X
+    counts = StoredCounts.of(written(other, tmp_path, "zarr"))
+    rows = np.array([299, 3, 4, 5, 250, 3, 120])
+    assert_equal(counts[rows], in_memory.counts[rows])
+    assert type(counts._reader) is spans._AtOnce
+    assert type(StoredCounts.of(written(other, tmp_path, "h5ad"))._reader) is not spans._AtOnce
+    with ThreadPoolExecutor(4) as pool:
+        for k, read in enumerate(pool.map(lambda k: counts[k : k + 60], range(40))):
+            assert_equal(read, in_memory.counts[k : k + 60])
 
 
 def test_parts_stay_on_disk_and_processes_open_files_themselves(path, in_memory):

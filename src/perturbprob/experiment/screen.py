@@ -193,12 +193,12 @@ class Screen:
         `Assay.from_anndata` for what a feature's gene is. Cells are matched by name. Those that one assay lacks are refused, or, with
         ``missing="mask"``, kept and left out of what that assay tells; they are never imputed.
 
-        >>> import mudata
+        >>> import mudata, warnings
         >>> obs = pd.DataFrame({"gene": ["NT", "KLF1", "KLF1"]}, index=["a", "b", "c"])
         >>> rna = AnnData(np.array([[3, 1], [0, 2], [5, 1]]), obs=obs, var=pd.DataFrame(index=["KLF1", "CD4"]))
         >>> names = pd.DataFrame({"gene": ["CD4"]}, index=["anti-CD4"])
         >>> surface = AnnData(np.array([[9.0], [4.0]]), obs=pd.DataFrame(index=["b", "c"]), var=names)
-        >>> with mudata.set_options(pull_on_update=False):
+        >>> with warnings.catch_warnings(action="ignore"):  # mudata 0.3 announces 0.4
         ...     mdata = mudata.MuData({"rna": rna, "adt": surface})
         >>> screen = Screen.from_mudata(mdata, protein="adt", missing="mask", perturbation="gene", perturbation_type="knockout")
         >>> screen.assays["protein"]

@@ -14,7 +14,8 @@ from jaxtyping import Float64, Int64
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, issparse, vstack
 
-from perturbprob.experiment.raw_counts import as_csr, canonical, check_counts, refuse_empty
+from perturbprob.experiment.raw_counts import canonical, check_counts, refuse_empty
+from perturbprob.experiment.spans import Reader, reader
 from perturbprob.experiment.vocabulary import nearest
 
 ROWS = 8192
@@ -76,14 +77,14 @@ class StoredCounts:
         )
 
     @property
-    def _matrix(self) -> Any:
-        """The matrix in the open store, which slices of rows are read from; a process that was split off opens it anew."""
-        process, matrix = self.__dict__.get("_opened", (None, None))
-        if process != os.getpid():
+    def _reader(self) -> Reader:
+        """What reads rows of the open store; a process that was split off opens it anew."""
+        process, opened = self.__dict__.get("_opened", (None, None))
+        if process != os.getpid() or opened is None:
             self._check()
-            matrix = _rows_of(open_store(self.path), self.key, self.path)
-            self.__dict__["_opened"] = os.getpid(), matrix
-        return matrix
+            opened = reader(_rows_of(open_store(self.path), self.key, self.path), self.key)
+            self.__dict__["_opened"] = os.getpid(), opened
+        return opened
 
     def _check(self) -> None:
         """Refuse a store that is not what it was."""
@@ -106,18 +107,16 @@ class StoredCounts:
         rows, place = np.unique(self.rows[index if isinstance(index, slice) else np.asarray(index)], return_inverse=True)
         if not len(rows):
             return csr_array((0, self.shape[1]), dtype=np.float32)
-        matrix, parts = self._matrix, []
+        read_spans = self._reader
         self._check()
-        for span in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1):
-            try:
-                read = as_csr(matrix[int(span[0]) : int(span[-1]) + 1], self.key)
-            except Exception as error:  # what h5py, zarr and their codecs raise has nothing else in common
-                raise StoreError(
-                    f"{self.path} cannot be read at rows {span[0]} to {span[-1]} of {self.key}: {_first_line(error)}"
-                ) from error
-            parts.append(read[span - span[0]])
-        read = csr_array(vstack(parts, format="csr")) if len(parts) > 1 else parts[0]
-        return read if np.array_equal(place, np.arange(len(rows))) else read[place]
+        near = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
+        try:
+            read = read_spans([slice(int(span[0]), int(span[-1]) + 1) for span in near])
+        except Exception as error:  # what h5py, zarr and their codecs raise has nothing else in common
+            raise StoreError(f"{self.path} cannot be read at rows {rows[0]} to {rows[-1]} of {self.key}: {_first_line(error)}") from error
+        before = np.cumsum([0] + [int(span[-1]) - int(span[0]) + 1 for span in near])
+        found = np.concatenate([span - span[0] + first for span, first in zip(near, before[:-1], strict=True)])[place]
+        return read if np.array_equal(found, np.arange(read.shape[0])) else read[found]
 
     def blocks(self) -> Iterator[tuple[slice, csr_array]]:
         """Go through all rows, block by block."""
