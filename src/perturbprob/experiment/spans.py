@@ -40,7 +40,8 @@ class _AtOnce:
         class Asked(Sampler):
             """The rows that were asked for, as one batch."""
 
-            batch_size, shuffle, spans = None, False, ()
+            batch_size, shuffle = None, False
+            spans: Sequence[slice] = ()
 
             def n_batches(self, n_obs: int) -> int:
                 return 1
