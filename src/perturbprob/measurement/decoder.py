@@ -17,8 +17,8 @@ def normal_points(n_latent: int, n: int = 64) -> Float[Tensor, "point latent"]:
     return torch.special.ndtri(uniform)
 
 
-def log_prior(network: nn.Module, z: Float[Tensor, "point latent"]) -> Float[Tensor, ""]:
-    """Return the log density of how far a network's log rates vary over states z, without its constant.
+def log_prior(network: nn.Sequential, z: Float[Tensor, "point latent"]) -> Float[Tensor, ""]:
+    """Return the log density of how far the log rates of a network without a last bias vary over states z, without its constant.
 
     The standard deviation √V_g of each gene is half-t with ν = 4 around the scale of all, s² = mean V,
 
@@ -26,7 +26,9 @@ def log_prior(network: nn.Module, z: Float[Tensor, "point latent"]) -> Float[Ten
 
     It is little, and says something only where the counts do not: of genes with hardly a count, which would else fit the noise of theirs.
     """
-    variance = network(z).var(0, correction=0)
+    *first, last = network  # linear: of deviations from the mean it makes those of the genes
+    hidden = nn.Sequential(*first)(z)
+    variance = last(hidden - hidden.mean(0)).square().mean(0)
     share = variance / (TAIL * variance.detach().mean().clamp(min=1e-12))
     return -(TAIL + 1) / 2 * torch.log1p(share).sum()
 

@@ -189,7 +189,7 @@ class CellModel(PyroModule):
 
     def offset(self, sites: dict[str, Tensor], rows: Int[Tensor, "cell part"]) -> Float[Tensor, "cell gene"]:
         """Return what acts on genes directly: the bias of each, and the effects of a cell's condition."""
-        return sites["gene_bias"] + self.condition_effect.total(sites["condition_effect"], rows)
+        return self.condition_effect.total(sites["condition_effect"], rows, sites["gene_bias"])
 
     def seen(self, sites: dict[str, Tensor], state: CellState, cells: Cells) -> Iterator[tuple[str, dist.Distribution, Tensor]]:
         """Yield the law of each assay's counts, RNA first, under the name of its site, and the counts; cells that lack it are masked."""

@@ -205,12 +205,15 @@ class ConditionEffect(nn.Module):
         """Return the nodes of conditions that were not measured."""
         return [node for node in dict.fromkeys(n for part in conditions for n in part) if node not in self._number]
 
-    def total(self, effect: Float[Tensor, "node gene"], rows: Int[Tensor, "condition part"]) -> Float[Tensor, "condition gene"]:
-        """Add up the effects of each condition's nodes, once for rows that are alike."""
+    def total(
+        self, effect: Float[Tensor, "node gene"], rows: Int[Tensor, "condition part"], bias: Float[Tensor, " gene"] | None = None
+    ) -> Float[Tensor, "condition gene"]:
+        """Add up the effects of each condition's nodes, and a bias, once for rows that are alike."""
+        bias = effect.new_zeros(effect.shape[-1]) if bias is None else bias
         if not rows.numel():
-            return effect.new_zeros(len(rows), effect.shape[-1])
+            return bias.expand(len(rows), -1)
         one, place = alike(rows)
-        return torch.nn.functional.pad(effect, (0, 0, 0, 1))[rows[one]].sum(-2).index_select(0, place)
+        return (bias + torch.nn.functional.pad(effect, (0, 0, 0, 1))[rows[one]].sum(-2)).index_select(0, place)
 
     def completed(self, sites: dict[str, Tensor], extra: Sequence[Node]) -> dict[str, Tensor]:
         """Return one draw of the global sites with a draw of the effects of ``extra`` nodes behind the others."""
