@@ -33,6 +33,14 @@ def test_a_sparse_tensor_shares_the_memory_of_the_counts():
     assert tensor.values().data_ptr() == counts.data.ctypes.data
 
 
+def test_genes_out_of_order_are_put_in_order():
+    counts = counts_of()
+    mixed = counts[:, ::-1][:, ::-1]
+    assert not mixed.has_sorted_indices
+    assert (as_tensor(mixed).col_indices() == as_tensor(counts).col_indices()).all()
+    assert (as_tensor(mixed).values() == as_tensor(counts).values()).all()
+
+
 def test_log_relative_counts_are_those_of_the_dense_matrix():
     counts, log_size_factor = counts_of(), torch.randn(70)
     dense = torch.log1p(torch.from_numpy(counts.toarray()) / log_size_factor.exp()[:, None])
@@ -40,12 +48,13 @@ def test_log_relative_counts_are_those_of_the_dense_matrix():
     torch.testing.assert_close(log_relative(torch.from_numpy(counts.toarray()), log_size_factor), dense)
 
 
+@pytest.mark.parametrize("n_genes", [90, 700])
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_the_first_layer_has_the_values_and_gradients_of_a_dense_one(n_threads):
+def test_the_first_layer_has_the_values_and_gradients_of_a_dense_one(n_threads, n_genes):
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        counts, layer, context = counts_of(), nn.Linear(90 + 7, 64), torch.randn(70, 7, requires_grad=True)
+        counts, layer, context = counts_of(n_genes=n_genes), nn.Linear(n_genes + 7, 64), torch.randn(70, 7, requires_grad=True)
         inputs = [layer.weight, layer.bias, context]
         weigh = torch.randn(70, 64)
         sparse = first_layer(layer, as_tensor(counts), context)

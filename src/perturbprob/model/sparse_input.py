@@ -28,7 +28,8 @@ def stays_sparse(counts: csr_array, device: torch.device) -> bool:
 
 
 def as_tensor(counts: csr_array) -> Float[Tensor, "cell gene"]:
-    """Return counts as a sparse tensor that shares their memory."""
+    """Return counts as a sparse tensor, which shares their memory where genes are in order."""
+    counts = counts if counts.has_sorted_indices else counts.sorted_indices()
     start, gene = (torch.from_numpy(part.astype(np.int32, copy=False)) for part in (counts.indptr, counts.indices))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # of which nothing but the three arrays is used
@@ -60,8 +61,7 @@ class _FirstLayer(torch.autograd.Function):
         ctx.save_for_backward(weight, context)
         ctx.values = tuple(part.numpy() for part in (values.crow_indices(), values.col_indices(), values.values()))
         out = torch.addmm(bias, context, weight[:, n_genes:].mT)
-        turned = weight[:, :n_genes].mT.contiguous().detach().numpy()
-        _in_threads("gather", len(out), *ctx.values, turned, out=out.numpy())
+        _in_threads("gather", len(out), *ctx.values, weight.detach()[:, :n_genes].numpy(), out=out.numpy())
         return out
 
     @staticmethod
@@ -69,10 +69,8 @@ class _FirstLayer(torch.autograd.Function):
         """Carry the gradient back to weights, bias and context."""
         weight, context = ctx.saved_tensors
         n_genes, outward = weight.shape[1] - context.shape[1], outward.contiguous()
-        turned = np.zeros((n_genes, len(weight)), np.float32)
-        _in_threads("scatter", len(weight), *ctx.values, outward.numpy(), out=turned)
         by_weight = torch.empty_like(weight)
-        by_weight[:, :n_genes] = torch.from_numpy(turned).mT
+        _in_threads("scatter", n_genes, *ctx.values, outward.numpy(), out=by_weight[:, :n_genes].numpy())
         torch.mm(outward.mT, context, out=by_weight[:, n_genes:])
         by_context = outward @ weight[:, n_genes:] if ctx.needs_input_grad[2] else None
         return by_weight, outward.sum(0), by_context, None
