@@ -35,8 +35,9 @@ def test_a_sparse_tensor_shares_the_memory_of_the_counts():
 
 def test_genes_out_of_order_are_put_in_order():
     counts = counts_of()
-    mixed = counts[:, ::-1][:, ::-1]
+    mixed = csr_array((counts.data[::-1], counts.indices[::-1], counts.nnz - counts.indptr[::-1]), shape=counts.shape)
     assert not mixed.has_sorted_indices
+    counts = csr_array(counts.toarray()[::-1])
     assert (as_tensor(mixed).col_indices() == as_tensor(counts).col_indices()).all()
     assert (as_tensor(mixed).values() == as_tensor(counts).values()).all()
 
