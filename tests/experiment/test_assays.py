@@ -18,8 +18,8 @@ from scipy.sparse import csc_matrix, csr_matrix
 from perturbprob.experiment.assays import Assay
 from perturbprob.experiment.screen import Screen
 
-apart = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
-"""What parts have stays with them, which mudata does by itself from 0.4."""
+without_pulling = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
+"""Columns of the parts stay with them; from mudata 0.4 they do by themselves."""
 
 CELLS = ["a", "b", "c", "d", "e", "f"]
 GENES = ["KLF1", "CD4", "CD8A"]
@@ -47,7 +47,7 @@ def surface() -> AnnData:
 
 def together(**modalities: AnnData) -> mudata.MuData:
     """A MuData."""
-    with apart(), warnings.catch_warnings():
+    with without_pulling(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a protein may be called like its gene
         return mudata.MuData(modalities)
 

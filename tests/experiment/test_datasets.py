@@ -14,8 +14,8 @@ import scipy.sparse as sp
 
 from perturbprob.experiment import Knockout, Protocol, Wait, datasets
 
-apart = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
-"""What parts have stays with them, which mudata does by itself from 0.4."""
+without_pulling = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
+"""Columns of the parts stay with them; from mudata 0.4 they do by themselves."""
 
 DATA = resources.files("perturbprob.experiment") / "data"
 
@@ -106,7 +106,7 @@ def check(screen):
 def write_mudata(path, adata):
     """Write RNA and protein, with a lane in the obs of the whole and one protein cell more."""
     protein = anndata.AnnData(np.ones((4, 1), dtype=np.float32), obs=pd.DataFrame(index=["c2", "c9", "c1", "c0"]))
-    with apart():
+    with without_pulling():
         whole = mudata.MuData({"rna": adata, "protein": protein})
         whole.obs["lane"] = [f"lane_{cell}" for cell in whole.obs_names]
         (whole.write_zarr if path.suffix == ".zarr" else whole.write_h5mu)(path)

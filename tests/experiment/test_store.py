@@ -3,8 +3,10 @@
 import os
 import pickle
 import shutil
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import anndata
 import numpy as np
@@ -92,20 +94,57 @@ def test_sums_and_products_go_block_by_block(path, in_memory):
     np.testing.assert_allclose(np.arange(300.0) @ counts, np.arange(300.0) @ in_memory.counts)
 
 
+def in_small_chunks(matrix, path):
+    """Write X of a zarr store in chunks of a few rows and genes, or of a few values."""
+    import zarr
+    from anndata.io import write_elem
+
+    chunks = (7, 5) if isinstance(matrix, np.ndarray) else 50
+    write_elem(zarr.open_group(str(path), mode="w"), "X", matrix, dataset_kwargs={"chunks": chunks})
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:zarr v3 autosharding")
 @pytest.mark.parametrize("dense", [False, True])
-def test_annbatch_reads_zarr_stores_where_it_is_installed(adata, tmp_path, in_memory, dense):
-    """The same rows, in any order, and from several threads at once."""
-    pytest.importorskip("annbatch")
-    other = adata.copy()
-    other.X = other.X.toarray() if dense else other.X
-    counts = StoredCounts.of(written(other, tmp_path, "zarr"))
-    rows = np.array([299, 3, 4, 5, 250, 3, 120])
-    assert_equal(counts[rows], in_memory.counts[rows])
-    assert type(counts._reader) is spans._AtOnce
-    assert type(StoredCounts.of(written(other, tmp_path, "h5ad"))._reader) is not spans._AtOnce
+@pytest.mark.parametrize("annbatch", [False, True])
+def test_zarr_stores_are_read_with_and_without_annbatch(adata, tmp_path, in_memory, monkeypatch, dense, annbatch):
+    """The same rows, single and in runs, in any order, and from several threads at once; of annbatch dense rows are not asked."""
+    pytest.importorskip("annbatch" if annbatch else "zarr")
+    monkeypatch.setattr(spans, "_has_annbatch", lambda: annbatch)
+    counts = StoredCounts.of(in_small_chunks(adata.X.toarray() if dense else adata.X, tmp_path / "screen.zarr"))
+    for rows in ([299, 3, 4, 5, 250, 3, 120], [5], [0, 40, 299]):
+        assert_equal(counts[np.array(rows)], in_memory.counts[np.array(rows)])
+    assert isinstance(counts._reader, spans._WithAnnbatch) == (annbatch and not dense)
     with ThreadPoolExecutor(4) as pool:
         for k, read in enumerate(pool.map(lambda k: counts[k : k + 60], range(40))):
             assert_equal(read, in_memory.counts[k : k + 60])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_of_rows_that_points_nowhere_is_one_error(adata, tmp_path, kind):
+    import h5py
+
+    path = written(adata, tmp_path, kind)
+    if kind == "zarr":
+        import zarr
+
+        zarr.open_group(str(path), mode="a")["X/indptr"][3] = 10**7
+    else:
+        with h5py.File(path, "a") as file:
+            file["X/indptr"][3] = 10**7
+    with pytest.raises(StoreError, match=r"cannot be read at rows 0 to 299 of X: .*"):
+        pb.Screen.from_store(path, **HOW)
+
+
+def test_an_annbatch_that_is_asked_otherwise_is_left_alone(monkeypatch):
+    class LoadRequest:
+        chunks: list[slice]
+
+    monkeypatch.setitem(sys.modules, "annbatch", ModuleType("annbatch"))
+    monkeypatch.setitem(sys.modules, "annbatch.types", types := ModuleType("annbatch.types"))
+    assert not spans._has_annbatch.__wrapped__()
+    types.LoadRequest = LoadRequest
+    assert not spans._has_annbatch.__wrapped__()
 
 
 def test_parts_stay_on_disk_and_processes_open_files_themselves(path, in_memory):

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 import perturbprob as pb
 from perturbprob.inference.latent import latent
 
-apart = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
-"""What parts have stays with them, which mudata does by itself from 0.4."""
+without_pulling = partial(mudata.set_options, pull_on_update=False) if hasattr(mudata, "set_options") else nullcontext
+"""Columns of the parts stay with them; from mudata 0.4 they do by themselves."""
 
 N_CELLS = 400
 
@@ -118,7 +118,7 @@ def test_a_cell_without_rna_is_seen_through_its_other_assays(
         return AnnData(adata.obsm[key][cells].astype(np.float32), obs=adata.obs[cells].assign(one=1.0), var=names)
 
     lacking = has["protein"] & has["atac"]
-    with apart():
+    with without_pulling():
         parts = {"rna": adata[~lacking].copy(), "adt": part("surface", lacking), "atac": part("windows", lacking)}
         del parts["rna"].obsm
         whole = mudata.MuData(parts)

@@ -207,7 +207,7 @@ def test_rising_factorials_of_large_counts(theta, x):
     assert slope == pytest.approx(digamma(x + theta) - digamma(theta) - x / theta, rel=1e-8, abs=1e-12)
 
 
-@pytest.mark.parametrize("wrong", [-1.0, 1.5, math.nan, math.inf, 2.0**31, 40.5])
+@pytest.mark.parametrize("wrong", [-1.0, 1.5, math.nan, -math.nan, math.inf, 2.0**31, 40.5])
 @pytest.mark.parametrize("zero", [0.95, 0.0])
 def test_what_is_no_count_is_refused(wrong, zero):
     values, row, counts = parts("negative_binomial", zero=zero)

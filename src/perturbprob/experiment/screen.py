@@ -198,7 +198,7 @@ class Screen:
         >>> rna = AnnData(np.array([[3, 1], [0, 2], [5, 1]]), obs=obs, var=pd.DataFrame(index=["KLF1", "CD4"]))
         >>> names = pd.DataFrame({"gene": ["CD4"]}, index=["anti-CD4"])
         >>> surface = AnnData(np.array([[9.0], [4.0]]), obs=pd.DataFrame(index=["b", "c"]), var=names)
-        >>> with warnings.catch_warnings(action="ignore"):  # mudata 0.3 announces 0.4
+        >>> with warnings.catch_warnings(action="ignore"):  # mudata before 0.4 says what it will do
         ...     mdata = mudata.MuData({"rna": rna, "adt": surface})
         >>> screen = Screen.from_mudata(mdata, protein="adt", missing="mask", perturbation="gene", perturbation_type="knockout")
         >>> screen.assays["protein"]

@@ -1,7 +1,7 @@
 """Counts that stay on disk, in h5ad or zarr: rows are read when they are asked for."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, final
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, issparse, vstack
 
 from perturbprob.experiment.raw_counts import canonical, check_counts, refuse_empty
-from perturbprob.experiment.spans import Reader, reader
+from perturbprob.experiment.spans import Spans, reader
 from perturbprob.experiment.vocabulary import nearest
 
 ROWS = 8192
@@ -77,7 +77,7 @@ class StoredCounts:
         )
 
     @property
-    def _reader(self) -> Reader:
+    def _reader(self) -> Callable[[Spans], csr_array]:
         """What reads rows of the open store; a process that was split off opens it anew."""
         process, opened = self.__dict__.get("_opened", (None, None))
         if process != os.getpid() or opened is None:
@@ -107,16 +107,16 @@ class StoredCounts:
         rows, place = np.unique(self.rows[index if isinstance(index, slice) else np.asarray(index)], return_inverse=True)
         if not len(rows):
             return csr_array((0, self.shape[1]), dtype=np.float32)
-        read_spans = self._reader
         self._check()
-        near = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
+        spans = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
         try:
-            read = read_spans([slice(int(span[0]), int(span[-1]) + 1) for span in near])
+            read = self._reader(spans)
+        except StoreError:
+            raise
         except Exception as error:  # what h5py, zarr and their codecs raise has nothing else in common
-            raise StoreError(f"{self.path} cannot be read at rows {rows[0]} to {rows[-1]} of {self.key}: {_first_line(error)}") from error
-        before = np.cumsum([0] + [int(span[-1]) - int(span[0]) + 1 for span in near])
-        found = np.concatenate([span - span[0] + first for span, first in zip(near, before[:-1], strict=True)])[place]
-        return read if np.array_equal(found, np.arange(read.shape[0])) else read[found]
+            where = f"{'at' if len(spans) == 1 else 'somewhere in'} rows {rows[0]} to {rows[-1]} of {self.key}"
+            raise StoreError(f"{self.path} cannot be read {where}: {_first_line(error)}") from error
+        return read if np.array_equal(place, np.arange(len(rows))) else read[place]
 
     def blocks(self) -> Iterator[tuple[slice, csr_array]]:
         """Go through all rows, block by block."""
@@ -166,7 +166,7 @@ def open_store(path: str | Path) -> Any:
 
         return h5py.File(path, "r")
     except ImportError as error:
-        raise ImportError(f"{path} is a zarr store: pip install zarr.") from error
+        raise ImportError(f"{path} is a zarr store: pip install 'perturbprob[stores]'.") from error
     except Exception as error:
         raise StoreError(f"{path} cannot be opened as an h5ad file or a zarr store (truncated?): {_first_line(error)}") from error
 

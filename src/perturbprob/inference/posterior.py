@@ -118,7 +118,7 @@ def _of_assay(name: str, site: str) -> tuple[str, ...]:
 
 
 def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "InferenceData":
-    """Name the draws; ArviZ is touched here only, and its versions before and from 1 are told apart."""
+    """Name the draws; ArviZ is touched here only. From 1 it takes a DataTree, though from 1.3 it has the name InferenceData again."""
     import arviz
 
     dataset = _dataset(model, draws)

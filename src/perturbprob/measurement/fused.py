@@ -159,7 +159,7 @@ def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...
     in_threads(part, n_threads)
     if np.isnan(log_prob).any():
         refuse_what_is_no_count(given.counts)
-    of_genes, of_rows = (part[0] if n_threads == 1 else part.sum(0) for part in (by_gene, by_eta))
+    of_genes, of_rows = (sums[0] if n_threads == 1 else sums.sum(0) for sums in (by_gene, by_eta))
     gradients = (by_logits, by_depth, of_rows, *of_genes.reshape(2, -1)[:, :n_genes].astype(np.float32))
     return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
 

@@ -15,7 +15,7 @@ from perturbprob.measurement.elementary import HALF, ONE, ZERO, F, expm1, log, r
 CHUNK = 512
 """So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
 LANES = 8
-"""Arrays over genes are filled up to a multiple of it, so that no gene is left over to be dealt with by itself."""
+"""Arrays over genes are filled up to a multiple of it, which the processor deals with at a time: few that are none, none by itself."""
 FULL = 0.2
 """From this share of genes with a count on all genes of a cell are dealt with as if they had one."""
 BLOCK = 64
@@ -85,14 +85,14 @@ RATE, LOG1P, CLOSED, OPEN, SLOPE, TABLE, TABLE_SLOPE, VALUE, BY_RATE, BY_THETA, 
 @compiled
 @no_type_check
 def _ordered(bits: int) -> int:
-    """Return whole numbers that are in the order of the numbers that these are the bits of; twice, the bits themselves."""
+    """Return, for the bits of a number, a whole number; these are in the order of the numbers. Its own inverse."""
     return np.int32(bits ^ (np.int32(bits >> _SIGN) & _POSITIVE))
 
 
 @compiled
 @no_type_check
 def _largest(row: np.ndarray) -> float:
-    """Return the largest of a row, or NaN: as whole numbers, of which the processor compares many at a time."""
+    """Return the largest of a row: as whole numbers, which are compared many at a time. NaN is above all, below if negative."""
     largest = _LEAST
     for k in range(len(row)):
         value = _ordered(np.float32(row[k]).view(np.int32))
@@ -224,7 +224,7 @@ def _read(
         place[j] = (np.int32(k) * np.int32(n_chunks) + np.int32(chunk)) * np.int32(width) + np.int32(j)
     for j in range(width):
         at = np.int64(place[j])
-        if at < 0:  # never: a loop that may end early is not made to gather, which takes twice as long
+        if at < 0:  # never; it keeps the compiler from gathering many at a time, which takes twice as long
             break
         work[TABLE + j], work[TABLE_SLOPE + j] = value[np.uint64(at)], slope[np.uint64(at)]
 

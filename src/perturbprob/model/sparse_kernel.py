@@ -33,7 +33,9 @@ def gather(start: np.ndarray, gene: np.ndarray, value: np.ndarray, weight: np.nd
 
 @compiled
 @no_type_check
-def scatter(start: np.ndarray, gene: np.ndarray, value: np.ndarray, outward: np.ndarray, first: int, last: int, weight: np.ndarray) -> None:
+def scatter(
+    start: np.ndarray, gene: np.ndarray, value: np.ndarray, outward: np.ndarray, first: int, last: int, by_weight: np.ndarray
+) -> None:
     """Fill in for the weights (unit, gene) of genes from ``first`` to ``last`` what comes back (cell, unit) to cells that have them."""
     n_cells, n_units = outward.shape
     here, place = np.empty((BLOCK, n_units), np.float32), start[:-1].copy()
@@ -53,4 +55,4 @@ def scatter(start: np.ndarray, gene: np.ndarray, value: np.ndarray, outward: np.
             place[cell] = entry
         for unit in range(n_units):
             for g in range(low, high):
-                weight[unit, g] = here[g - low, unit]
+                by_weight[unit, g] = here[g - low, unit]
