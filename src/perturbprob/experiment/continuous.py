@@ -6,6 +6,7 @@ from anndata import AnnData
 from jaxtyping import Bool, Float32, Float64
 from scipy.sparse import csr_array, issparse
 
+from perturbprob.experiment.raw_counts import layer_names
 from perturbprob.experiment.reading import some
 from perturbprob.experiment.vocabulary import nearest
 
@@ -52,7 +53,7 @@ def read_cells_behind(adata: AnnData, name: str | None, perturbed: Bool[np.ndarr
 def _dense(adata: AnnData, layer: str | None) -> tuple[str, Float32[np.ndarray, "cell gene"]]:
     """Return a matrix of an AnnData as a new array, and its name."""
     if layer is not None and layer not in adata.layers:
-        raise ValueError(f"layer={layer!r} is not a layer of adata. {nearest(layer, adata.layers)}")
+        raise ValueError(f"layer={layer!r} is not a layer of adata. {nearest(layer, layer_names(adata))}")
     name, values = ("adata.X", adata.X) if layer is None else (f"adata.layers[{layer!r}]", adata.layers[layer])
     if values is None:
         raise ValueError("adata.X is empty. Pass layer= with the layer that holds the values.")

@@ -26,10 +26,10 @@ def read_counts(
     """
     name = name or ("adata.X" if layer is None else f"adata.layers[{layer!r}]")
     if layer is not None and layer not in adata.layers:
-        raise ValueError(f"layer={layer!r} is not a layer of adata. {nearest(layer, adata.layers)}")
+        raise ValueError(f"layer={layer!r} is not a layer of adata. {nearest(layer, layer_names(adata))}")
     values = adata.X if layer is None else adata.layers[layer]
     if values is None:
-        raise ValueError(f"adata.X is empty. Pass layer= with the layer that holds raw counts. {nearest('counts', adata.layers)}")
+        raise ValueError(f"adata.X is empty. Pass layer= with the layer that holds raw counts. {nearest('counts', layer_names(adata))}")
     matrix = as_csr(values, name)
     check_counts(adata, matrix, name, what)
     counts = canonical(matrix)
@@ -47,6 +47,11 @@ def refuse_empty(adata: AnnData, empty: np.ndarray, name: str) -> None:
             "Cells without counts stay where their depth is known from elsewhere, as for a panel of few genes, and passed as size_factor=. "
             f"{some(adata.obs_names[empty], 'cell')} without any count in {name}: remove them: {keep}."
         )
+
+
+def layer_names(adata: AnnData) -> list[str]:
+    """Return the names of the layers; from anndata 0.13 X is among these, as None."""
+    return [name for name in adata.layers if name is not None]
 
 
 def as_csr(values: Matrix, name: str) -> csr_array:
@@ -151,8 +156,8 @@ def _remedy(adata: AnnData) -> str:
 
 def _raw_places(adata: AnnData) -> Iterator[str]:
     """Find layers, X or raw, that hold whole non-negative numbers."""
-    for layer, values in adata.layers.items():
-        if _whole(values):
+    for layer in layer_names(adata):
+        if _whole(adata.layers[layer]):
             yield f"pass layer={layer!r}"
     if adata.X is not None and _whole(adata.X):
         yield "adata.X holds whole numbers: leave layer= out"
