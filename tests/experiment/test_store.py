@@ -120,20 +120,53 @@ def test_zarr_stores_are_read_with_and_without_annbatch(adata, tmp_path, in_memo
             assert_equal(read, in_memory.counts[k : k + 60])
 
 
+@pytest.mark.parametrize(("place", "wrong"), [(3, 10**7), (0, 3), (-1, 7), (5, -1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_start_of_rows_that_points_nowhere_is_one_error(adata, tmp_path, kind):
+def test_starts_of_rows_that_do_not_rise_are_one_error(adata, tmp_path, kind, place, wrong):
     import h5py
 
     path = written(adata, tmp_path, kind)
     if kind == "zarr":
         import zarr
 
-        zarr.open_group(str(path), mode="a")["X/indptr"][3] = 10**7
+        zarr.open_group(str(path), mode="a")["X/indptr"][place] = wrong
     else:
         with h5py.File(path, "a") as file:
-            file["X/indptr"][3] = 10**7
-    with pytest.raises(StoreError, match=r"cannot be read at rows 0 to 299 of X: .*"):
+            file["X/indptr"][place] = wrong
+    with pytest.raises(StoreError, match=r"X/indptr of .* is damaged: it does not rise from 0 to [\d,]+\. Copy or write it again"):
         pb.Screen.from_store(path, **HOW)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", ["indices", "indptr"])
+def test_a_part_of_the_counts_that_is_gone_is_one_error(adata, tmp_path, kind, part):
+    import h5py
+
+    path = written(adata, tmp_path, kind)
+    if kind == "h5ad":
+        with h5py.File(path, "a") as file:
+            del file[f"X/{part}"]
+    else:
+        shutil.rmtree(path / "X" / part)
+    with pytest.raises(StoreError, match=r"Copy or write it again"):
+        pb.Screen.from_store(path, **HOW)
+
+
+@pytest.mark.filterwarnings("ignore:zarr v3 autosharding")
+@pytest.mark.parametrize("part", ["data", "indices", "indptr", None])
+def test_any_part_of_a_zarr_store_that_is_written_over_in_use_is_noticed(adata, tmp_path, part):
+    """Also a single chunk of dense counts, which lies in a folder of its row."""
+    zarr = pytest.importorskip("zarr")
+    path = in_small_chunks(adata.X.toarray() if part is None else adata.X, tmp_path / "screen.zarr")
+    counts = StoredCounts.of(path)
+    counts[:5]
+    array = zarr.open_group(str(path), mode="a")["X" if part is None else f"X/{part}"]
+    if part is None:
+        array[20, 3] = 99
+    else:
+        array[3] = array[3] + 1
+    with pytest.raises(StoreError, match=r"changed while it was in use"):
+        counts[:5]
 
 
 def test_an_annbatch_that_is_asked_otherwise_is_left_alone(monkeypatch):

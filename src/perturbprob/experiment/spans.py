@@ -46,7 +46,7 @@ class _WithAnnbatch:
     """Reads what spans need of a zarr store at the same time, with annbatch's `Loader`; which rows is ours to say."""
 
     def __init__(self, matrix: CSRDataset, name: str) -> None:
-        """Hand the matrix to annbatch, which would read wherever a damaged ``indptr`` points."""
+        """Hand the matrix to annbatch, which reads wherever ``indptr`` points: `StoredCounts` has looked at it."""
         from annbatch import Loader
         from annbatch.abc import Sampler
 
@@ -67,11 +67,6 @@ class _WithAnnbatch:
                 places = [span - span[0] + first for span, first in zip(self.spans, before[:-1], strict=True)]
                 yield {"requests": [slice(int(span[0]), int(span[-1]) + 1) for span in self.spans], "splits": [np.concatenate(places)]}
 
-        start = matrix.group["indptr"][:]
-        if start[0] != 0 or start[-1] != matrix.group["data"].shape[0] or (start[1:] < start[:-1]).any():
-            raise ValueError(
-                f"{name} is damaged: of its sparse form, indptr does not rise from 0 to the number of values. Read or make it again."
-            )
         self._name, self._asked, self._one_at_a_time = name, Asked(), Lock()
         self._loader = Loader(batch_sampler=self._asked, preload_to_gpu=False).add_dataset(matrix)
 

@@ -115,7 +115,7 @@ class StoredCounts:
             raise
         except Exception as error:  # what h5py, zarr and their codecs raise has nothing else in common
             where = f"{'at' if len(spans) == 1 else 'somewhere in'} rows {rows[0]} to {rows[-1]} of {self.key}"
-            raise StoreError(f"{self.path} cannot be read {where}: {_first_line(error)}") from error
+            raise StoreError(f"{self.path} cannot be read {where}: {_first_line(error)}. Copy or write it again.") from error
         return read if np.array_equal(place, np.arange(len(rows))) else read[place]
 
     def blocks(self) -> Iterator[tuple[slice, csr_array]]:
@@ -196,7 +196,17 @@ def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) 
 
 
 def _rows_of(group: Any, key: str, path: str | Path) -> Any:
-    """Return a matrix that can be cut into rows; refuse one that is stored by columns."""
+    """Return a matrix that can be cut into rows; refuse one that is stored by columns, or of which parts are gone."""
+    try:
+        return _cut_by_rows(group, key, path)
+    except Exception as error:
+        if type(error) in (ValueError, StoreError):  # said here, or what is no less clear
+            raise
+        raise StoreError(f"{key} of {path} cannot be opened: {_first_line(error)}. Copy or write it again.") from error
+
+
+def _cut_by_rows(group: Any, key: str, path: str | Path) -> Any:
+    """Return the matrix."""
     matrix = group[key]
     form = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "")))
     form = {"csr": "csr_matrix", "csc": "csc_matrix"}.get(form, form)  # as it was written before 2020
@@ -204,6 +214,9 @@ def _rows_of(group: Any, key: str, path: str | Path) -> Any:
         raise ValueError(f"{key} of {path} is stored by columns (CSC), and rows are needed: write it as adata.X.tocsr().")
     if form == "csr_matrix":
         _refuse_gaps(matrix, key, path)
+        start, n_values = matrix["indptr"][:], len(matrix["data"])
+        if not len(start) or start[0] != 0 or start[-1] != n_values or (start[1:] < start[:-1]).any():
+            raise StoreError(f"{key}/indptr of {path} is damaged: it does not rise from 0 to {n_values:,}. Copy or write it again.")
         matrix = sparse_dataset(matrix)
     if len(getattr(matrix, "shape", ())) != 2:
         raise StoreError(f"{key} of {path} is no matrix of cells and genes that anndata writes today. Write it again: adata.write_h5ad.")
@@ -220,9 +233,11 @@ def _refuse_gaps(group: Any, key: str, path: str | Path) -> None:
 
 def _stamp(path: Path, key: str) -> tuple[int, ...]:
     """Return bytes and times of a file; of a folder, those of what holds its chunks and says its shapes, not of every chunk."""
-    places = (path / key, path / key / "c", path / key / "data", path / key / "data" / "c")
-    inside = (place / name for place in places for name in ("", ".zarray", ".zattrs", "zarr.json"))
-    told = [path] if path.is_file() else [file for file in inside if file.exists()]
+    matrix = path / key
+    arrays = (matrix, *(matrix / name for name in ("data", "indices", "indptr")))
+    inside = (place / name for place in arrays for name in ("", ".zarray", ".zattrs", "zarr.json", "c"))
+    rows = (place for place in sorted((matrix / "c").glob("*")) if place.is_dir()) if matrix.is_dir() else ()
+    told = [path] if path.is_file() else [file for file in (*inside, *rows) if file.exists()]
     return tuple(number for file in told for number in (file.stat().st_size, file.stat().st_mtime_ns))
 
 

@@ -124,7 +124,10 @@ def _inference_data(group: str, model: "CellModel", draws: Iterable[Sites]) -> "
     dataset = _dataset(model, draws)
     if int(arviz.__version__.partition(".")[0]) < 1:
         return arviz.InferenceData(warn_on_custom_groups=False, **{group: dataset})
-    return cast("InferenceData", xr.DataTree.from_dict({group: dataset}))
+    # its summary wants every variable to have all coordinates, so that what more is known of nodes stands beside
+    beside = dataset[[str(name) for name in dataset.coords if name not in dataset.dims]].reset_coords()
+    groups = {group: dataset.drop_vars(list(beside.data_vars))} | ({"constant_data": beside} if beside.data_vars else {})
+    return cast("InferenceData", xr.DataTree.from_dict(groups))
 
 
 def _dataset(model: "CellModel", draws: Iterable[Sites]) -> xr.Dataset:
