@@ -214,7 +214,7 @@ def _cut_by_rows(group: Any, key: str, path: str | Path) -> Any:
         raise ValueError(f"{key} of {path} is stored by columns (CSC), and rows are needed: write it as adata.X.tocsr().")
     if form == "csr_matrix":
         _refuse_gaps(matrix, key, path)
-        start, n_values = matrix["indptr"][:], len(matrix["data"])
+        start, n_values = matrix["indptr"][:], matrix["data"].shape[0]
         if not len(start) or start[0] != 0 or start[-1] != n_values or (start[1:] < start[:-1]).any():
             raise StoreError(f"{key}/indptr of {path} is damaged: it does not rise from 0 to {n_values:,}. Copy or write it again.")
         matrix = sparse_dataset(matrix)
