@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import anndata
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
@@ -111,7 +112,6 @@ def test_a_second_assay_shows_the_latent_state_better(
 def test_a_cell_without_rna_is_seen_through_its_other_assays(
     truth: Float[np.ndarray, "cell latent"], adata: AnnData, fit: pb.Fit, has: dict[str, Bool[np.ndarray, " cell"]]
 ) -> None:
-    import mudata
 
     def part(key: str, cells: Bool[np.ndarray, " cell"]) -> AnnData:
         names = pd.DataFrame(index=[f"{key}{k + 1}" for k in range(adata.obsm[key].shape[1])])
