@@ -112,7 +112,6 @@ def test_a_second_assay_shows_the_latent_state_better(
 def test_a_cell_without_rna_is_seen_through_its_other_assays(
     truth: Float[np.ndarray, "cell latent"], adata: AnnData, fit: pb.Fit, has: dict[str, Bool[np.ndarray, " cell"]]
 ) -> None:
-
     def part(key: str, cells: Bool[np.ndarray, " cell"]) -> AnnData:
         names = pd.DataFrame(index=[f"{key}{k + 1}" for k in range(adata.obsm[key].shape[1])])
         return AnnData(adata.obsm[key][cells].astype(np.float32), obs=adata.obs[cells].assign(one=1.0), var=names)
