@@ -52,13 +52,13 @@ def counterfactual(
     size factor stay the cell's own. A Dataset over (cell, gene): ``mean``, ``sd``, and ``lower`` and ``upper``, the central interval of
     probability ``level`` of a normal law; ``n_draws`` draws of globals and z₀ are averaged as they come.
 
-    ``route`` says how z₀ is found. "encoder": z₀ from q(z₀ | x, the cell's own protocol); it works for every structure. "inverse": the
-    state z(t) is run backward to z₀ along the cell's own protocol. In gene space z(t) is measured, x − η^b with the noise of x, so this
-    route alone tells rows apart: the other one starts all from the same known z₀. Of counts z(t) is what q(z₀ | x) leads to. Where the
-    flow contracts, running backward is ill-conditioned, though back and forth again looks perfect; so the Dataset also holds, per
-    cell, the ``condition_number`` of ∂z(t)/∂z₀ and ``round_trip``, the error of z₀ after forward and backward, and cells beyond
-    ``condition_bound`` are refused with `IllConditioned`. Where no cell is, the two routes agree. Of a fit with ``penetrance`` a cell
-    was hit or not as p(h | x) says, draw by draw, and under the other protocol it is hit.
+    ``route`` says how z₀ is found. "encoder": z₀ from q(z₀ | x, the cell's own protocol); it works for every structure but `stationary`.
+    "inverse", for `node` and `causal_context` alone: the state z(t) is run backward to z₀ along the cell's own protocol. In gene space z(t)
+    is measured, x − η^b with the noise of x, so this route alone tells rows apart: the other one starts all from the same known z₀. Of
+    counts z(t) is what q(z₀ | x) leads to. Where the flow contracts, running backward is ill-conditioned, though back and forth again looks
+    perfect; so the Dataset also holds, per cell, the ``condition_number`` of ∂z(t)/∂z₀ and ``round_trip``, the error of z₀ after forward
+    and backward, and cells beyond ``condition_bound`` are refused with `IllConditioned`. Where no cell is, the two routes agree. Of a fit
+    with ``penetrance`` a cell was hit or not as p(h | x) says, draw by draw, and under the other protocol it is hit.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen

@@ -63,7 +63,8 @@ def rank_perturbations(
     truth is chance: read ``best`` beside the intervals. Cells that may have escaped their edits are drawn as hit or not, each time.
 
     Raises ValueError for unknown names, a ``level`` outside (0, 1), candidates that wait for no time, ``settled`` without a network, and
-    ``start`` of continuous values or of a structure with noise; TypeError for another ``target_state``.
+    ``start`` of continuous values or of a structure with noise, and a fit without a posterior (`stationary`, ``objective="paths"``);
+    TypeError for another ``target_state``.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen

@@ -45,7 +45,8 @@ def node(
     Raises ValueError where batches share no condition, not even control, unless `ExchangeableBatches` is among the assumptions.
 
     ``penetrance=True`` lets edited cells escape: each perturbation hits a cell with a probability π of its own, in the posterior as
-    ``penetrance``; "sgrna" gives every sgRNA its own (see `Penetrance`, `hit_probability`).
+    ``penetrance``; "sgrna" gives every sgRNA its own (see `Penetrance`, `hit_probability`). A cell has at most 4 edited genes then, or with
+    "sgrna" one, and values are counts.
 
     ``memory`` is how long what a condition does to single genes lasts, in median waits of the screen: a time t later an effect is expected
     to be e^(−t / memory) of what it was. None learns it, and tends to find it too short for predictions of later times
@@ -87,12 +88,12 @@ def vae(
 ) -> CellModel:
     """A variational autoencoder in the same frame: a function L(z, p, m, t) in place of waiting (eqs 26-28, D.1).
 
-    L(z₀, p, m, t) = z₀ + (1 − e^(−κ t)) ⊙ shift. ``shift`` is "additive", the sum of an effect for each perturbation and media; "network",
-    a network of these, the state and the time; "sparse", additive with a gate for each perturbation and latent axis (a relaxed spike and
-    slab), whose posterior ``perturbation_gate`` says which axes a perturbation acts on; "identity", L(z) = z, which maps each cell onto
-    itself and knows no effect but those on single genes; or a module ``shift(z, perturbation, media, clock)``. L has no semigroup law:
-    it reads what was done and how long ago it began, not when (see `LatentShift`), so assumptions about waiting on, such as
-    `SteadyState`, are refused. The other arguments are those of `node`, and so is everything but the waiting.
+    L(z₀, p, m, t) = z₀ + (1 − e^(−κ t)) ⊙ shift. ``shift`` is "additive", the sum of an effect for each perturbation and media and of a
+    drift that all cells share; "network", a network of these, the state and the time; "sparse", additive with a gate for each perturbation
+    and latent axis (a relaxed spike and slab), whose posterior ``perturbation_gate`` says which axes a perturbation acts on; "identity",
+    L(z) = z, which maps each cell onto itself and knows no effect but those on single genes; or a module ``shift(z, perturbation, media,
+    clock)``. L has no semigroup law: it reads what was done and how long ago it began, not when (see `LatentShift`), so assumptions about
+    waiting on, such as `SteadyState`, are refused. The other arguments are those of `node`, and so is everything but the waiting.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
@@ -138,8 +139,8 @@ def neural_sde(
     steps; their noise is part of the rest state that the encoder finds for a cell, ``n_steps`` · ``n_latent`` numbers for each wait of the
     longest protocol. The other arguments are those of `node`.
 
-    Raises ValueError for continuous values, which have no cells to differ, and where `UneditedStable` is declared: the noise moves
-    unedited cells as well.
+    Raises ValueError for continuous values, which have no cells to differ, and where `UneditedStable` or `SteadyState` is declared: the
+    noise moves unedited and settled cells as well.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen

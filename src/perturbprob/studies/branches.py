@@ -49,7 +49,7 @@ def branch_shares(
     covariance (linear discriminant analysis with even odds). ``conditions`` are by default those of the fit. Returns a Dataset over
     (condition, branch) with ``mean``, ``lower`` and ``upper``.
 
-    Raises ValueError for fewer than two branches, or one of fewer cells than latent axes.
+    Raises ValueError for fewer than two branches, or one of no more cells than latent axes.
 
     >>> import perturbprob as pb
     >>> screen = pb.simulate(n_cells=200, n_genes=10, n_perturbations=2, seed=1).screen
