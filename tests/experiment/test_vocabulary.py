@@ -22,7 +22,7 @@ KNOWN = Vocabulary(
     time_unit="day",
     time_scale=2.0,
 )
-names = st.text(min_size=1, max_size=12).filter(str.strip)
+names = st.text(min_size=1, max_size=12).filter(lambda name: name.strip() and name != "control")
 
 
 def segments(*protocols):
