@@ -264,6 +264,9 @@ def test_negative_counts_of_a_small_type():
 def test_counts_beyond_single_precision(dtype):
     refuse("holds a count of 16,777,217, in cell 'c2', gene 'B'. Above 2.*24 = 16,777,216", make(with_value(2**24 + 1, dtype)))
     assert Screen.from_anndata(make(with_value(2**24, dtype))).counts.max() == 2**24
+    two = with_value(2**25, dtype)
+    two[0, 0] = 2**24 + 1
+    refuse("holds a count of 33,554,432, in cell 'c2', gene 'B'", make(two))
 
 
 def test_counts_of_no_numeric_type():

@@ -159,6 +159,15 @@ def test_every_sgrna_has_its_own(fitted: tuple[pb.Fit, pb.Screen, np.ndarray], s
     assert float((good > poor).mean()) > 0.95
 
 
+def test_cells_without_an_sgrna_of_the_model_are_not_trained_on(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:
+    fit, screen, _ = fitted
+    edited = sum(len(screen.cells_of(p)) for p in screen.perturbations)
+    told = rf"^{edited:,} edited cells of the screen have no sgRNA that the model knows.* read with sgrna="
+    for sgrna in (None, np.full(screen.n_cells, "new", object)):
+        with pytest.raises(ValueError, match=told):
+            pb.fit(fit.model, replace(screen, sgrna=sgrna), epochs=1, progress=False)
+
+
 def test_an_sgrna_of_another_gene_is_refused(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:
     fit, screen, _ = fitted
     first, second = screen.perturbations

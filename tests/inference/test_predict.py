@@ -144,6 +144,13 @@ def test_a_time_far_beyond_the_screen_is_said_to_be_a_guess(fit: pb.Fit, screen:
         pb.predict(fit, pb.Knockout(screen.perturbations[0]) >> pb.Wait(100), n_draws=2)
 
 
+def test_a_structure_with_noise_is_not_told_to_declare_what_it_refuses() -> None:
+    screen = pb.simulate(n_cells=60, n_genes=8, n_perturbations=1, times=(1.0,), seed=0).screen
+    fit = pb.fit(pb.neural_sde(screen, 2, n_steps=2), screen, epochs=1, progress=False)
+    with pytest.warns(pb.UndeclaredWarning, match=r"say so, with a structure without noise, .*: node\(screen"):
+        pb.predict(fit, screen.conditions[0], n_draws=2)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_values_of_a_wrong_type(fit: pb.Fit) -> None:
     with pytest.raises(ValueError, match="Media needs the name of a media; got 3"):

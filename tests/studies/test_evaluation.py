@@ -264,7 +264,7 @@ def test_cells_of_conditions_that_training_showed(small: pb.Screen) -> None:
 def test_leaks_are_refused(fit: pb.Fit, part: Split, small: pb.Screen) -> None:
     with pytest.raises(ValueError, match=r"'model' was trained on \d+ of the 300 test cells, such as"):
         pb.evaluate(fit, part.train[:300], part.test)
-    with pytest.raises(ValueError, match=r"cells \(.*\) both in the test screen and in train="):
+    with pytest.raises(ValueError, match=r"cells \(.*\) in both the test and the training screen"):
         pb.evaluate(truth(part), part.test, small)
     split = hold_out_perturbations(small, small.perturbations[3:])
     held = replace(fit, trained_on=fit.trained_on | {"cells": []})

@@ -110,7 +110,7 @@ def check_counts(adata: AnnData, matrix: csr_array, name: str, what: str) -> Non
             f"{overflow} Screen needs raw counts: {_remedy(adata)}."
         )
     if (data > _LARGEST).any():
-        place = _where(adata, matrix, data > _LARGEST, what)
+        place = _where(adata, matrix, data == data.max(), what)
         raise ValueError(
             f"{name} holds a count of {data.max():,.0f}, in {place}. Above 2**24 = {_LARGEST:,} single precision skips integers, and "
             "no cell has that many molecules of a gene: is this matrix raw counts, or is this an overflow of an unsigned type?"

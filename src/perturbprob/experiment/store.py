@@ -185,14 +185,24 @@ def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) 
     """Return the depth of each cell, having read every count once; refuse what `read_counts` refuses."""
     if adata.shape != counts.shape:
         raise StoreError(f"{counts.path} names {adata.n_obs:,} cells and {adata.n_vars:,} genes, and {counts.key} is {counts.shape}.")
-    total, name = np.zeros(counts.shape[0]), f"{counts.key} of {counts.path.name}"
-    for block in counts.cut():
-        read = counts.stored(block)
-        check_counts(adata[block], read, name, "gene")
-        total[block] = np.asarray(read.sum(axis=1, dtype=np.float64)).ravel()
-    if not may_be_empty:
-        refuse_empty(adata, total == 0, "adata.X" if counts.key == "X" else f"adata.layers[{counts.key.partition('/')[2]!r}]")
+    total, name = np.zeros(counts.shape[0]), "adata.X" if counts.key == "X" else f"adata.layers[{counts.key.partition('/')[2]!r}]"
+    try:
+        for block in counts.cut():
+            read = counts.stored(block)
+            check_counts(adata[block], read, name, "gene")
+            total[block] = np.asarray(read.sum(axis=1, dtype=np.float64)).ravel()
+        if not may_be_empty:
+            refuse_empty(adata, total == 0, name)
+    except ValueError as error:  # in words about the AnnData that the file holds
+        raise ValueError(f"{error} ({_where_adata_is(counts.path)})") from None
     return total
+
+
+def _where_adata_is(path: Path) -> str:
+    """Say how a store becomes adata, which layers it has, and where what was mended may go."""
+    layers = ", ".join(map(repr, open_store(path).get("layers", ()))) or "none"
+    how = "read_zarr" if path.is_dir() or path.suffix == ".zip" else "read_h5ad"
+    return f"adata is anndata.{how}({str(path)!r}); layers there: {layers}. Write what you mend to a file of another name."
 
 
 def _rows_of(group: Any, key: str, path: str | Path) -> Any:

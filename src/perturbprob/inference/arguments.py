@@ -4,7 +4,9 @@ import os
 import warnings
 from numbers import Real
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 
 from perturbprob.experiment.screen import Screen
 from perturbprob.model.cell_model import CellModel
@@ -24,6 +26,14 @@ def check_callers(each_epoch: object, checkpoint: object) -> None:
         raise TypeError(f"checkpoint is the path of a file, such as 'fit.pt'; got {checkpoint!r}.")
 
 
+def unknown_sgrnas(model: CellModel, screen: Screen) -> Bool[np.ndarray, " cell"]:
+    """Tell which edited cells have no sgRNA of the model, where each has a π of its own."""
+    if not model.sgrnas:
+        return np.zeros(screen.n_cells, bool)
+    edited = np.array([bool(c.perturbations) for c in screen.conditions])[screen.condition]
+    return edited & (True if screen.sgrna is None else ~np.isin(screen.sgrna.astype(str), model.sgrnas))
+
+
 def check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
     """Refuse settings that cannot work; say once what a screen of one condition cannot teach."""
     for name, value in numbers.items():
@@ -35,6 +45,10 @@ def check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
             raise ValueError(f"{name} must be between {low} and {high:g}; got {value}.")
     if lacking := sorted(set(model.assays) - set(screen.assays)):
         raise ValueError(f"The model has the assay {lacking[0]!r} and the screen has not. Make the model from this screen.")
+    unknown = unknown_sgrnas(model, screen)
+    if unknown.any():
+        known = f"{unknown.sum():,} edited cells of the screen have no sgRNA that the model knows, and it gives each a π of its own"
+        raise ValueError(f"{known}. Make the model from this screen, read with sgrna=, or with penetrance=True.")
     if model.log_share.dtype != torch.float32:
         raise ValueError(f"A model is trained in single precision; this one is in {model.log_share.dtype}. Take model.float().")
     if screen.n_cells < 2:

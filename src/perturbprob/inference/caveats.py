@@ -46,9 +46,10 @@ def say_untested(fit: "Fit") -> None:
     if (len(waits) > 1 and not confounded) or any(bound.name == "unedited_stable" for bound in fit.model.assumptions):
         return
     why = "there is one time only" if len(waits) == 1 else "each time is one batch"
+    who = ", with a structure without noise, as noise moves all cells" if fit.model.transition.noise_shape else ""
     warnings.warn(
         f"Whether unedited cells move by themselves cannot be told from this screen ({why}), and nothing is declared: part of what is "
-        "predicted may be such a drift. If they are stable, say so: node(screen, assumptions=[UneditedStable()]).",
+        f"predicted may be such a drift. If they are stable, say so{who}: node(screen, assumptions=[UneditedStable()]).",
         UndeclaredWarning,
         stacklevel=3,
     )

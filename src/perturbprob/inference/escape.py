@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perturbprob.experiment.action import Protocol
 from perturbprob.experiment.screen import require_screen
+from perturbprob.inference.arguments import unknown_sgrnas
 from perturbprob.inference.density import importance
 from perturbprob.inference.draws import Sites, check_draws, global_draws, require_fit, warn_if_large
 from perturbprob.model.cells import Cells, CellTable
@@ -81,12 +82,8 @@ def hit_probability(
 
 def _say_unknown_sgrnas(fit: "Fit", screen: "Screen") -> None:
     """Warn of edited cells without an sgRNA of the fit, where each has a π of its own."""
-    if not fit.model.sgrnas:
-        return
-    edited = np.array([bool(c.perturbations) for c in screen.conditions])[screen.condition]
-    known = np.zeros(screen.n_cells, bool) if screen.sgrna is None else np.isin(screen.sgrna.astype(str), fit.model.sgrnas)
-    if n := int((edited & ~known).sum()):
-        warnings.warn(f"{n:,} edited cells have no sgRNA that the fit knows: for them its gene's π is taken.", stacklevel=3)
+    if n := unknown_sgrnas(fit.model, screen).sum():
+        warnings.warn(f"{n:,} edited cells have no sgRNA that the fit knows: for them its gene's π is taken.", stacklevel=4)
 
 
 def false_hits(

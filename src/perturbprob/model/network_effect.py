@@ -79,8 +79,8 @@ class NetworkEffect(MarkEffect):
         place = {gene: k for k, gene in enumerate(vocabulary.genes)}
         if outside := sorted({p.gene for p in vocabulary.perturbations if p.gene not in place}):
             raise ValueError(
-                f"{len(outside)} perturbed genes are not among the {len(place):,} genes of the screen: {', '.join(outside[:5])}. A causal "
-                "context needs them in its state: keep these genes when selecting, or use node, which does not."
+                f"{len(outside)} perturbed genes are not among the {len(place):,} genes of the screen: {', '.join(outside[:5])}. A network "
+                "over genes needs them in its state: keep these genes when selecting, or use node, which does not."
             )
         own = torch.zeros(len(vocabulary.perturbations), len(place))
         for row, p in enumerate(vocabulary.perturbations):

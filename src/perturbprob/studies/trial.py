@@ -100,7 +100,7 @@ def _check_screens(test: Screen, train: Screen) -> None:
         differ = len(set(test.genes) ^ set(train.genes))
         raise ValueError(f"Training and test cells need the same genes in the same order; {differ} genes are in one of the two only.")
     if shared := sorted(set(map(str, test.cells)) & set(map(str, train.cells))):
-        raise ValueError(f"{some(shared, 'cell')} both in the test screen and in train=: a cell is trained on or tested on, not both.")
+        raise ValueError(f"{some(shared, 'cell')} in both the test and the training screen: a cell is trained on or tested on, not both.")
 
 
 def refuse_trained_cells(name: str, fit: Fit, test: Screen) -> None:
