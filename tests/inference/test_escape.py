@@ -162,10 +162,21 @@ def test_every_sgrna_has_its_own(fitted: tuple[pb.Fit, pb.Screen, np.ndarray], s
 def test_cells_without_an_sgrna_of_the_model_are_not_trained_on(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:
     fit, screen, _ = fitted
     edited = sum(len(screen.cells_of(p)) for p in screen.perturbations)
-    told = rf"^{edited:,} edited cells of the screen have no sgRNA that the model knows.* read with sgrna="
+    told = rf"^{edited:,} edited cells of the screen have no sgRNA that the model knows.*\(read with sgrna=\)"
     for sgrna in (None, np.full(screen.n_cells, "new", object)):
         with pytest.raises(ValueError, match=told):
             pb.fit(fit.model, replace(screen, sgrna=sgrna), epochs=1, progress=False)
+
+
+def test_an_unknown_sgrna_is_told_once_and_an_unknown_perturbation_by_its_name(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:
+    fit, screen, _ = fitted
+    few = replace(screen, sgrna=None)[::8]
+    with pytest.warns(UserWarning, match="no sgRNA that the fit knows") as told:
+        pb.false_hits(fit, few, n_draws=1, particles=2, progress=False)
+    assert len(told) == 1
+    model = pb.node(screen[np.r_[screen.cells_of("control"), screen.cells_of(screen.perturbations[0])]], 2, penetrance="sgrna")
+    with pytest.raises(ValueError, match=screen.perturbations[1]):
+        pb.fit(model, screen, epochs=1, progress=False)
 
 
 def test_an_sgrna_of_another_gene_is_refused(fitted: tuple[pb.Fit, pb.Screen, np.ndarray]) -> None:

@@ -156,8 +156,8 @@ class Screen:
 
         ``columns`` are the other arguments of `from_anndata`. All counts are read once, block by block, and checked. `fit` and
         `log_density` then read minibatches of them; ``screen[cells]`` stays on disk too. What needs all counts at once asks for
-        `in_memory`; `evaluate`, `compare` and `concat` read training cells into memory by themselves. Counts are to be stored by rows (CSR,
-        or dense). Raises StoreError for a file that cannot be read, or that changes while it is in use.
+        `in_memory`; `evaluate` and `compare` read training cells into memory by themselves, `concat` what it joins. Counts are to be
+        stored by rows (CSR, or dense). Raises StoreError for a file that cannot be read, or that changes while it is in use.
 
         >>> import tempfile
         >>> adata = AnnData(csr_array(np.array([[3.0, 1.0], [0.0, 2.0]])), obs=pd.DataFrame({"gene": ["NT", "KLF1"]}, index=["a", "b"]))

@@ -158,7 +158,7 @@ def open_store(path: str | Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        if path.is_dir() or path.suffix == ".zip":
+        if path.is_dir():
             import zarr
 
             return zarr.open_group(str(path), mode="r")
@@ -201,7 +201,7 @@ def checked_totals(counts: StoredCounts, adata: AnnData, *, may_be_empty: bool) 
 def _where_adata_is(path: Path) -> str:
     """Say how a store becomes adata, which layers it has, and where what was mended may go."""
     layers = ", ".join(map(repr, open_store(path).get("layers", ()))) or "none"
-    how = "read_zarr" if path.is_dir() or path.suffix == ".zip" else "read_h5ad"
+    how = "read_zarr" if path.is_dir() else "read_h5ad"
     return f"adata is anndata.{how}({str(path)!r}); layers there: {layers}. Write what you mend to a file of another name."
 
 

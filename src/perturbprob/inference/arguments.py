@@ -30,7 +30,8 @@ def unknown_sgrnas(model: CellModel, screen: Screen) -> Bool[np.ndarray, " cell"
     """Tell which edited cells have no sgRNA of the model, where each has a π of its own."""
     if not model.sgrnas:
         return np.zeros(screen.n_cells, bool)
-    edited = np.array([bool(c.perturbations) for c in screen.conditions])[screen.condition]
+    known = set(model.vocabulary.perturbations)  # of others it is said that they are unknown
+    edited = np.array([bool(c.perturbations) and known.issuperset(c.perturbations) for c in screen.conditions])[screen.condition]
     return edited & (True if screen.sgrna is None else ~np.isin(screen.sgrna.astype(str), model.sgrnas))
 
 
@@ -48,7 +49,7 @@ def check_arguments(model: CellModel, screen: Screen, **numbers: float) -> None:
     unknown = unknown_sgrnas(model, screen)
     if unknown.any():
         known = f"{unknown.sum():,} edited cells of the screen have no sgRNA that the model knows, and it gives each a π of its own"
-        raise ValueError(f"{known}. Make the model from this screen, read with sgrna=, or with penetrance=True.")
+        raise ValueError(f"{known}. Make the model from this screen (read with sgrna=), or make it with penetrance=True.")
     if model.log_share.dtype != torch.float32:
         raise ValueError(f"A model is trained in single precision; this one is in {model.log_share.dtype}. Take model.float().")
     if screen.n_cells < 2:

@@ -83,7 +83,8 @@ def hit_probability(
 def _say_unknown_sgrnas(fit: "Fit", screen: "Screen") -> None:
     """Warn of edited cells without an sgRNA of the fit, where each has a π of its own."""
     if n := unknown_sgrnas(fit.model, screen).sum():
-        warnings.warn(f"{n:,} edited cells have no sgRNA that the fit knows: for them its gene's π is taken.", stacklevel=4)
+        told = f"{n:,} edited cells have no sgRNA that the fit knows: for them its gene's π is taken"
+        warnings.warn(f"{told}. If that is not meant, read the screen with sgrna=.", stacklevel=4)
 
 
 def false_hits(
@@ -126,7 +127,10 @@ def false_hits(
     )
     places = [fit.model.vocabulary.perturbations.index(screen.conditions[k].perturbations[0]) for k in conditions]
     total, cells = np.zeros((2, len(empty))), np.zeros(len(empty))
-    parts = np.split(hit_probability(fit, as_if, **how).values, np.cumsum(list(map(len, frees)))[:-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the edited cells, whose sgRNAs these are, said it
+        free_hit = hit_probability(fit, as_if, **how).values
+    parts = np.split(free_hit, np.cumsum(list(map(len, frees)))[:-1])
     for place, own, part in zip(places, owns, parts, strict=True):
         total[:, place] += len(own) * np.array([hit.values[own, place].mean(), part[:, place].mean()])
         cells[place] += len(own)

@@ -1,7 +1,7 @@
 """Structures: named fillings of `CellModel`'s slots."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from torch import nn
@@ -152,7 +152,7 @@ def neural_sde(
         raise ValueError("neural_sde is about how cells differ, and a row of continuous values is a mean of cells: use node.")
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
         raise ValueError(f"n_steps must be a whole number of at least 1, and without noise it is node; got {n_steps!r}.")
-    if isinstance(assumptions, Sequence) and any(isinstance(a, UneditedStable) for a in assumptions):
+    if isinstance(assumptions, Iterable) and any(isinstance(a, UneditedStable) for a in assumptions):
         raise ValueError("UneditedStable says that unedited cells stay as they are, and the noise of neural_sde moves them: leave one out.")
     n_waits = max(len(protocol.segments()) for protocol in screen.conditions)
     return make(

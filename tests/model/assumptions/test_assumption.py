@@ -133,6 +133,8 @@ def test_what_is_no_assumption_and_one_twice(screen):
         bind(pb.UneditedStable(), screen)
     with pytest.raises(TypeError, match=r"takes a list; write assumptions=\[UneditedStable\("):
         pb.neural_sde(screen, assumptions=pb.UneditedStable())
+    with pytest.raises(ValueError, match="noise of neural_sde moves them"):
+        pb.neural_sde(screen, assumptions={pb.UneditedStable()})
     with pytest.raises(ValueError, match="SteadyState is given twice"):
         bind([pb.SteadyState(), pb.SteadyState(wait=2.0)], screen)
 
