@@ -182,6 +182,7 @@ def test_threads_do_not_change_the_result(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_rows_of_a_sparse_matrix_are_the_same_counts():
     from scipy.sparse import csr_array
 
@@ -190,11 +191,12 @@ def test_rows_of_a_sparse_matrix_are_the_same_counts():
     for zero in (0.95, 0.3):
         values, row, counts = parts("zero_inflated", zero=zero)
         given = fused._Given(*values, row, True, counts)
-        dense = fused.taken(given, torch.ones(6), (True,) * 5)
-        same = fused.taken(given._replace(counts=as_tensor(csr_array(counts.numpy()))), torch.ones(6), (True,) * 5)
-        torch.testing.assert_close(same[0], dense[0], rtol=1e-6, atol=0)
-        for one, other in zip(same[1], dense[1], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        dense = fused.taken(given, np.ones(6, np.float32), (True,) * 5)
+        for sparse in (as_tensor(csr_array(counts.numpy())), counts.to_sparse_csr()):  # of 32 and of 64 bits
+            same = fused.taken(given._replace(counts=sparse), np.ones(6, np.float32), (True,) * 5)
+            torch.testing.assert_close(same[0], dense[0], rtol=1e-6, atol=0)
+            for one, other in zip(same[1], dense[1], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("theta", [1e-3, 0.5, 3.0, 40.0, 1e6])

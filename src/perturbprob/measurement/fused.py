@@ -89,7 +89,7 @@ def fits(law: "CountLaw") -> bool:
         return False
     of_genes = [value for value in (law.dispersion, law.gate) if value is not None]
     parts = [part for part in (rate.logits, rate.log_depth, rate.eta) if part is not None] + of_genes
-    alike = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
+    alike = all(part.is_cpu and part.dtype == torch.float32 for part in parts)
     return alike and all(value.shape == shape[1:] for value in of_genes) and kernel() is not None
 
 
@@ -121,7 +121,7 @@ class _Pass(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Float[Tensor, " cell"]:
         """Take the pass; keep the gradients if any is wanted."""
         ctx.given, wanted = _Given(*given), ctx.needs_input_grad[:5]
-        log_prob, ctx.gradients = taken(ctx.given, torch.ones(len(given[0])), wanted)
+        log_prob, ctx.gradients = taken(ctx.given, np.ones(len(given[0]), np.float32), wanted)
         return log_prob
 
     @staticmethod
@@ -132,13 +132,13 @@ class _Pass(torch.autograd.Function):
         first = float(weight[0])
         alike = weight.stride(0) == 0 or bool((weight == first).all())  # of a sum over cells each has the same, kept once
         if gradients is None or not alike:
-            gradients = taken(ctx.given, weight.contiguous(), ctx.needs_input_grad[:5])[1]
+            gradients = taken(ctx.given, _array(weight), ctx.needs_input_grad[:5])[1]
         elif first != 1.0:
             gradients = [None if part is None else part.mul_(first) for part in gradients]
         return (*gradients, None, None, None)
 
 
-def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+def taken(given: _Given, weight: np.ndarray, wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
     """Take the pass, in as many threads as torch has; return log densities, and the gradients wanted of their weighted sum."""
     compiled = cast("ModuleType", kernel())
     n_cells, n_genes = given.logits.shape
@@ -153,7 +153,7 @@ def taken(given: _Given, weight: Float[Tensor, " cell"], wanted: tuple[bool, ...
     by_gene = np.zeros((n_threads, 2, *law.inverse.shape))
 
     def part(k: int) -> None:
-        sums = compiled.Sums(_array(weight), log_prob, by_logits, by_depth, by_eta[k], *by_gene[k])
+        sums = compiled.Sums(weight, log_prob, by_logits, by_depth, by_eta[k], *by_gene[k])
         compiled.fused(cut[k], cut[k + 1], rates, law, counts, sums)
 
     in_threads(part, n_threads)
@@ -168,8 +168,8 @@ def _counts(compiled: ModuleType, counts: Float[Tensor, "cell gene"]) -> Any:
     """Return counts as the pass takes them, in rows or sparse."""
     if counts.layout != torch.sparse_csr:
         return compiled.Counts(_array(counts), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
-    parts = (counts.crow_indices(), counts.col_indices(), counts.values())
-    return compiled.Counts(np.empty((0, counts.shape[1]), np.float32), *(part.numpy() for part in parts))
+    start, gene = (part.to(torch.int32).numpy() for part in (counts.crow_indices(), counts.col_indices()))
+    return compiled.Counts(np.empty((0, counts.shape[1]), np.float32), start, gene, counts.values().numpy())
 
 
 def no_count(values: Float[Tensor, "*plate"]) -> Bool[Tensor, "*plate"]:
@@ -196,38 +196,28 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def _rates(compiled: ModuleType, given: _Given) -> Any:
     """Return the parts of the log rate as arrays."""
-    n_cells, n_genes = given.logits.shape
-    eta = np.empty((0, n_genes), np.float32) if given.eta is None else _array(given.eta)
+    n_genes = given.logits.shape[1]
     shape = _chunks(compiled, n_genes)
-    factor = np.ones((len(eta), shape[0] * shape[1]), np.float32)
-    np.exp(eta, out=factor[:, :n_genes])
-    row = np.full(n_cells, -1) if given.row is None else _array(given.row)
-    return compiled.Rates(_array(given.logits), _array(given.log_depth), eta, factor.reshape(len(eta), *shape), row, given.softmax)
+    logits, log_depth, eta, row = _array(given.logits), _array(given.log_depth), np.empty((0, n_genes), np.float32), np.empty(0, np.int64)
+    factor = np.empty((0, *shape), np.float32)
+    if given.eta is not None and given.row is not None:
+        eta, row = _array(given.eta), _array(given.row)
+        factor = np.ones((len(eta), shape[0] * shape[1]), np.float32)
+        np.exp(eta, out=factor[:, :n_genes])
+    return compiled.Rates(logits, log_depth, eta, factor.reshape(-1, *shape), row, given.softmax)
 
 
 def _law(compiled: ModuleType, given: _Given, largest: int) -> Any:
     """Return θ and π as arrays, with the tables up to a count."""
-    shape = _chunks(compiled, given.logits.shape[1])
-    theta, gate = (_filled(value, shape) for value in (given.theta, given.gate))
-    inverse = 1 / theta if len(theta) else np.zeros(shape, np.float32)
-    from perturbprob.measurement.elementary import tables
-
-    value, slope = np.empty((largest + 1, *shape), np.float32), np.empty((largest + 1, *shape), np.float32)
-    tables(inverse, value, slope)
-    return compiled.Law(theta, inverse, gate, np.log1p(-gate), -1 / (1 - gate), value, slope)
+    room = np.empty((2 * largest + 7, *_chunks(compiled, given.logits.shape[1])), np.float32)
+    theta, gate = (np.empty(0, np.float32) if value is None else _array(value) for value in (given.theta, given.gate))
+    of_theta, of_gate = (room[k] if len(value) else room[k, :0] for k, value in enumerate((theta, gate)))
+    law = compiled.Law(of_theta, room[2], of_gate, room[3], room[4], room[5 : 6 + largest], room[6 + largest :])
+    compiled.fill(theta, gate, law)
+    return law
 
 
 def _chunks(compiled: ModuleType, n_genes: int) -> tuple[int, int]:
     """Return how many chunks of how many lanes hold the genes."""
     n_chunks = -(-n_genes // compiled.CHUNK)
     return n_chunks, -(-n_genes // (n_chunks * compiled.LANES)) * compiled.LANES
-
-
-def _filled(value: Tensor | None, shape: tuple[int, int]) -> np.ndarray:
-    """Return what each gene has in chunks, that of the last gene as often as it takes to fill them; of None nothing."""
-    if value is None:
-        return np.empty((0, shape[1]), np.float32)
-    filled = np.empty(shape[0] * shape[1], np.float32)
-    filled[: len(value)] = _array(value)
-    filled[len(value) :] = filled[len(value) - 1]
-    return filled.reshape(shape)

@@ -10,7 +10,7 @@ from typing import NamedTuple, no_type_check
 import numpy as np
 
 from perturbprob.compiled import FAST, compiled, part
-from perturbprob.measurement.elementary import HALF, ONE, ZERO, F, expm1, log, rising, stirling
+from perturbprob.measurement.elementary import HALF, ONE, ZERO, F, expm1, log, rising, stirling, tables
 
 CHUNK = 512
 """So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
@@ -80,6 +80,25 @@ class Sums(NamedTuple):
 RATE, LOG1P, CLOSED, OPEN, SLOPE, TABLE, TABLE_SLOPE, VALUE, BY_RATE, BY_THETA, BY_GATE, SUM, SUM_RATE, SCRATCH = (
     k * CHUNK for k in range(14)
 )
+
+
+@compiled
+@no_type_check
+def fill(theta: np.ndarray, gate: np.ndarray, law: Law) -> None:
+    """Fill in θ and π of genes, lanes without one as that of the last, and what follows from them."""
+    n_chunks, width = law.inverse.shape
+    for chunk in range(n_chunks):
+        for j in range(width):
+            g = chunk * width + j
+            law.inverse[chunk, j] = ZERO
+            if len(law.theta):
+                law.theta[chunk, j] = theta[min(g, len(theta) - 1)]
+                law.inverse[chunk, j] = ONE / law.theta[chunk, j]
+            if len(law.gate):
+                law.gate[chunk, j] = closed = gate[min(g, len(gate) - 1)]
+                law.log_open[chunk, j] = math.log1p(-closed)
+                law.by_open[chunk, j] = -ONE / (ONE - closed)
+    tables(law.inverse, law.value, law.slope)
 
 
 @compiled
@@ -405,7 +424,8 @@ def fused(first: int, last: int, rates: Rates, law: Law, counts: Counts, sums: S
                 _everywhere(chunk, width, heres, log_rates, law.inverse, work)
                 if len(law.gate):
                     _everywhere_open(chunk, width, heres, law.log_open, law.by_open, work)
-            log_prob += _counted(chunk, entry, behind, gene, count, cell, row, shift, rates, law, work, above)
+            if entry < behind:  # to hand on the arrays for nothing takes as long as a dozen genes
+                log_prob += _counted(chunk, entry, behind, gene, count, cell, row, shift, rates, law, work, above)
             entry = behind
             _add_up(width, work)
             if wanted:
