@@ -200,6 +200,10 @@ def test_size_factors_of_other_cells():
     refuse("positive and finite: 2 cells", make(), size_factor=pd.Series(1.0, index=["c0", "c1", "d2", "d3"]))
 
 
+def test_size_factors_without_a_single_count():
+    refuse("adata.X holds no count at all", make(np.zeros_like(COUNTS)), size_factor=np.ones(4))
+
+
 # Counts.
 
 

@@ -199,6 +199,22 @@ def test_rows_of_a_sparse_matrix_are_the_same_counts():
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC) tensor support is in beta")
+@pytest.mark.parametrize("kind", ["out of order", "coo", "csc", "double"])
+def test_other_sparse_counts_are_the_same_counts(kind):
+    (logits, log_depth, *_, theta, gate), _, counts = parts("zero_inflated", n_genes=600)
+    law = CountLaw(Rate(logits, log_depth), theta, gate).to_event(1)
+    assert isinstance(law, FusedCountLaw)
+    if kind == "out of order":  # as products of sparse matrices are
+        rows = [row.nonzero()[0][::-1] for row in counts.numpy()]
+        start = np.cumsum([0, *map(len, rows)])
+        gene, number = np.concatenate(rows), np.concatenate([counts.numpy()[c, row] for c, row in enumerate(rows)])
+        sparse = torch.sparse_csr_tensor(*map(torch.from_numpy, (start, gene, number)), counts.shape, check_invariants=False)
+    else:
+        sparse = {"coo": counts.to_sparse(), "csc": counts.to_sparse_csc(), "double": counts.double().to_sparse_csr()}[kind]
+    torch.testing.assert_close(law.log_prob(sparse).float(), law.log_prob(counts), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("theta", [1e-3, 0.5, 3.0, 40.0, 1e6])
 @pytest.mark.parametrize("x", [9.0, 40.0, 1e3, 1e6])
 def test_rising_factorials_of_large_counts(theta, x):

@@ -36,6 +36,8 @@ def read_counts(
     empty = (np.diff(counts.indptr) == 0) & (True if present is None else present)
     if not may_be_empty:
         refuse_empty(adata, empty, name)
+    elif len(empty) and empty.all():
+        raise ValueError(f"{name} holds no count at all. Name the layer that holds raw counts. {nearest('counts', layer_names(adata))}")
     return counts
 
 

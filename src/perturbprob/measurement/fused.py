@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from perturbprob.compiled import in_threads, load
+from perturbprob.measurement.kernel_arguments import Counts, Law, Rates, Sums
 
 if TYPE_CHECKING:
     from perturbprob.measurement.counts import CountLaw
@@ -33,7 +34,8 @@ class FusedCountLaw(TorchDistribution):
     """A `CountLaw` over the genes of each cell whose log density and gradients come from one compiled pass.
 
     It is what ``CountLaw(...).to_event(1)`` returns where the pass can be taken (`fits`), and the same law: only `log_prob` differs, by
-    the rounding of single precision. Counts that are none (NaN, negative, not whole, 2^31 or more) raise `NoCount`.
+    the rounding of single precision, and that counts that are none (NaN, negative, not whole, 2^31 or more) raise `NoCount`, if they
+    are in single precision and of the law's own shape; else the pass is not taken, and what is no count is not looked for.
 
     >>> from perturbprob.measurement.counts import CountLaw
     >>> law = CountLaw(torch.zeros(2, 3), torch.ones(3)).to_event(1)
@@ -70,9 +72,11 @@ class FusedCountLaw(TorchDistribution):
         return self.base_dist.sample(sample_shape)
 
     def log_prob(self, value: Float[Tensor, "... cell gene"]) -> Float[Tensor, "... cell"]:
-        """Log-probability of the counts of each cell; counts may be a sparse tensor (CSR)."""
+        """Log-probability of the counts of each cell; counts may be a sparse tensor, which in CSR is not made dense."""
+        if value.layout != torch.sparse_csr:
+            value = value.to_dense()
         if value.shape != self.base_dist.batch_shape or value.dtype != torch.float32 or value.requires_grad:
-            return self.base_dist.log_prob(value).sum(-1)
+            return self.base_dist.log_prob(value.to_dense()).sum(-1)
         rate, law = self.base_dist.rate, self.base_dist
         eta, row = rate.eta, rate.row
         if row is None and eta is not None:
@@ -153,7 +157,7 @@ def taken(given: _Given, weight: np.ndarray, wanted: tuple[bool, ...]) -> tuple[
     by_gene = np.zeros((n_threads, 2, *law.inverse.shape))
 
     def part(k: int) -> None:
-        sums = compiled.Sums(weight, log_prob, by_logits, by_depth, by_eta[k], *by_gene[k])
+        sums = Sums(weight, log_prob, by_logits, by_depth, by_eta[k], *by_gene[k])
         compiled.fused(cut[k], cut[k + 1], rates, law, counts, sums)
 
     in_threads(part, n_threads)
@@ -164,12 +168,14 @@ def taken(given: _Given, weight: np.ndarray, wanted: tuple[bool, ...]) -> tuple[
     return torch.from_numpy(log_prob), [torch.from_numpy(part) if want else None for part, want in zip(gradients, wanted, strict=True)]
 
 
-def _counts(compiled: ModuleType, counts: Float[Tensor, "cell gene"]) -> Any:
-    """Return counts as the pass takes them, in rows or sparse."""
-    if counts.layout != torch.sparse_csr:
-        return compiled.Counts(_array(counts), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
-    start, gene = (part.to(torch.int32).numpy() for part in (counts.crow_indices(), counts.col_indices()))
-    return compiled.Counts(np.empty((0, counts.shape[1]), np.float32), start, gene, counts.values().numpy())
+def _counts(compiled: ModuleType, counts: Float[Tensor, "cell gene"]) -> Counts:
+    """Return counts as the pass takes them: in rows, or sparse where each row has its genes in order, which torch does not ask for."""
+    n_genes = counts.shape[1]
+    if counts.layout == torch.sparse_csr:
+        start, gene = (part.to(torch.int32).numpy() for part in (counts.crow_indices(), counts.col_indices()))
+        if compiled.in_order(start, gene, n_genes):
+            return Counts(np.empty((0, n_genes), np.float32), start, gene, counts.values().numpy())
+    return Counts(_array(counts.to_dense()), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 def no_count(values: Float[Tensor, "*plate"]) -> Bool[Tensor, "*plate"]:
@@ -194,7 +200,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _rates(compiled: ModuleType, given: _Given) -> Any:
+def _rates(compiled: ModuleType, given: _Given) -> Rates:
     """Return the parts of the log rate as arrays."""
     n_genes = given.logits.shape[1]
     shape = _chunks(compiled, n_genes)
@@ -204,15 +210,16 @@ def _rates(compiled: ModuleType, given: _Given) -> Any:
         eta, row = _array(given.eta), _array(given.row)
         factor = np.ones((len(eta), shape[0] * shape[1]), np.float32)
         np.exp(eta, out=factor[:, :n_genes])
-    return compiled.Rates(logits, log_depth, eta, factor.reshape(-1, *shape), row, given.softmax)
+    return Rates(logits, log_depth, eta, factor.reshape(-1, *shape), row, given.softmax)
 
 
-def _law(compiled: ModuleType, given: _Given, largest: int) -> Any:
+def _law(compiled: ModuleType, given: _Given, largest: int) -> Law:
     """Return θ and π as arrays, with the tables up to a count."""
+    # θ, 1/θ, π, log(1 − π) and −1/(1 − π), then the two tables
     room = np.empty((2 * largest + 7, *_chunks(compiled, given.logits.shape[1])), np.float32)
     theta, gate = (np.empty(0, np.float32) if value is None else _array(value) for value in (given.theta, given.gate))
-    of_theta, of_gate = (room[k] if len(value) else room[k, :0] for k, value in enumerate((theta, gate)))
-    law = compiled.Law(of_theta, room[2], of_gate, room[3], room[4], room[5 : 6 + largest], room[6 + largest :])
+    of_theta, of_gate = (part if len(value) else part[:0] for part, value in ((room[0], theta), (room[2], gate)))
+    law = Law(of_theta, room[1], of_gate, room[3], room[4], room[5 : 6 + largest], room[6 + largest :])
     compiled.fill(theta, gate, law)
     return law
 

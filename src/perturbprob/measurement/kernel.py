@@ -5,12 +5,13 @@ written over. Imported where it is first needed (`perturbprob.compiled`).
 """
 
 import math
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import numpy as np
 
 from perturbprob.compiled import FAST, compiled, part
 from perturbprob.measurement.elementary import HALF, ONE, ZERO, F, expm1, log, rising, stirling, tables
+from perturbprob.measurement.kernel_arguments import Counts, Law, Rates, Sums
 
 CHUNK = 512
 """So many genes are dealt with at a time: what is known of them then stays in the fastest cache."""
@@ -24,53 +25,6 @@ LARGEST = 2.0**31
 """Counts are whole numbers below it."""
 _LARGE, _NAN = F(1e38), F(math.nan)
 _LEAST, _POSITIVE, _SIGN = np.int32(-(2**31)), np.int32(2**31 - 1), np.int32(31)
-
-
-class Rates(NamedTuple):
-    """log rate = log ℓ_c + log softmax(logits_c) + η[row_c]; without ``softmax`` logits stand for log shares. No η where it has no rows.
-
-    Here and below (chunk, lane) are the genes, in chunks that are filled up to a multiple of `LANES`.
-    """
-
-    logits: np.ndarray  # (cell, gene)
-    log_depth: np.ndarray  # (cell,)
-    eta: np.ndarray  # (row, gene)
-    factor: np.ndarray  # (row, chunk, lane), exp(η)
-    row: np.ndarray  # (cell,), −1 for none
-    softmax: bool
-
-
-class Law(NamedTuple):
-    """θ and π, without genes where the law has none, and the `tables` of θ, one count behind the other."""
-
-    theta: np.ndarray  # (chunk, lane)
-    inverse: np.ndarray  # (chunk, lane), 1/θ, 0 without θ
-    gate: np.ndarray  # (chunk, lane)
-    log_open: np.ndarray  # (chunk, lane), log(1 − π)
-    by_open: np.ndarray  # (chunk, lane), its derivative −1/(1 − π)
-    value: np.ndarray  # (count, chunk, lane)
-    slope: np.ndarray  # (count, chunk, lane)
-
-
-class Counts(NamedTuple):
-    """Counts of cells: in rows, or, where these hold no cell, what is not 0 in them (CSR)."""
-
-    dense: np.ndarray  # (cell, gene)
-    start: np.ndarray  # (cell + 1,)
-    gene: np.ndarray  # (entry,)
-    number: np.ndarray  # (entry,)
-
-
-class Sums(NamedTuple):
-    """What is filled in: log p of each cell, and where it has cells, the gradients of Σ_c weight_c log p_c."""
-
-    weight: np.ndarray  # (cell,)
-    log_prob: np.ndarray  # (cell,)
-    by_logits: np.ndarray  # (cell, gene)
-    by_depth: np.ndarray  # (cell,)
-    by_eta: np.ndarray  # (row, gene)
-    by_theta: np.ndarray  # (chunk, lane)
-    by_gate: np.ndarray  # (chunk, lane)
 
 
 # What is known of each gene of a chunk stands in one array of scratch, one part behind the other: the compiler then knows that no part
@@ -99,6 +53,21 @@ def fill(theta: np.ndarray, gate: np.ndarray, law: Law) -> None:
                 law.log_open[chunk, j] = math.log1p(-closed)
                 law.by_open[chunk, j] = -ONE / (ONE - closed)
     tables(law.inverse, law.value, law.slope)
+
+
+@compiled
+@no_type_check
+def in_order(start: np.ndarray, gene: np.ndarray, n_genes: int) -> bool:
+    """Say whether each row of a sparse matrix has its genes in order, each once."""
+    for cell in range(len(start) - 1):
+        last = np.int32(-1)
+        for entry in range(start[cell], start[cell + 1]):
+            if gene[entry] <= last:
+                return False
+            last = gene[entry]
+        if last >= n_genes:
+            return False
+    return True
 
 
 @compiled
